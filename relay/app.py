@@ -1,0 +1,152 @@
+"""Builds everything, starts it and stops it; the only place that constructs anything."""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from starlette.applications import Starlette
+
+from relay import signature
+from relay.asker import Asker
+from relay.batch import Batch
+from relay.callback import Callbacks
+from relay.config import Settings, accounts
+from relay.deliver import Deliverer
+from relay.guard import Guard
+from relay.ids import new_id
+from relay.ingest import Ingest
+from relay.poll import Poller
+from relay.prune import prune
+from relay.sender import Sender
+from relay.store import Store, open_database, store_on
+from relay.store.generations import Hint
+from relay.store.migrate import migrate
+from relay.store.tenants import DEFAULT
+from relay.web import inbound, ops
+from relay.web.api import OPERATIONS
+from relay.web.auth import hash_key, new_key
+from relay.web.context import Relay, State
+from relay.web.problem import HANDLERS
+
+log = logging.getLogger(__name__)
+POLL_TICK = 0.25
+RETRY_TICK = 0.25
+PRUNE_TICK = 3600
+
+
+def wall_clock() -> int:
+    """Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def build(
+    settings: Settings,
+    *,
+    now: Callable[[], int] = wall_clock,
+    show_key: Callable[[str], None] | None = None,
+) -> Starlette:
+    """The relay as an ASGI application; its lifespan is the relay's life.
+
+    `show_key` is told the admin key when one had to be made; nobody can learn it afterwards.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[State]:
+        async with running(settings, now=now, show_key=show_key) as relay:
+            yield {"relay": relay}
+
+    routes = [*(one.route() for one in OPERATIONS), *inbound.ROUTES, *ops.routes(OPERATIONS)]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
+
+
+@asynccontextmanager
+async def running(
+    settings: Settings, *, now: Callable[[], int], show_key: Callable[[str], None] | None = None
+) -> AsyncIterator[Relay]:
+    """A relay at work. Leaving finishes what is in flight, gives back the rest and closes everything."""
+    async with AsyncExitStack() as stack:
+        database = await open_database(settings.database)
+        stack.push_async_callback(database.close)
+        store = store_on(database)
+        await _prepare(store, settings, now=now, show_key=show_key)
+        guard = Guard(settings.network.allow)
+        asker = Asker.open(guard, now=now)
+        stack.push_async_callback(asker.close)
+        sender = Sender.open(guard, timeout=settings.delivery.timeout, now=now)
+        stack.push_async_callback(sender.close)
+        relay = _assemble(settings, store, asker, sender, now=now)
+        # In the order of their ends: polls first, then what they recorded, then what is being delivered.
+        stack.push_async_callback(relay.deliverer.stop)
+        stack.push_async_callback(relay.ingest.flush)
+        stack.push_async_callback(relay.poller.stop)
+        stack.callback(_metronome(relay).shutdown, wait=False)
+        yield relay
+
+
+async def _prepare(
+    store: Store, settings: Settings, *, now: Callable[[], int], show_key: Callable[[str], None] | None
+) -> None:
+    for name in await migrate(store.database, now=now()):
+        log.info("database.migrated", extra={"migration": name})
+    await store.tenants.found(DEFAULT, signature.new_secret(), now=now())
+    if settings.admin_key is None and not await store.tenants.has_keys():
+        key = new_key()
+        await store.tenants.add_key(new_id("key", now()), DEFAULT, "admin", hash_key(key), now=now())
+        if show_key is not None:
+            show_key(key)
+    # Only one relay uses this file: what the last one left in flight is due at once.
+    left = await store.deliveries.recover(now=now()) + await store.generations.recover(now=now())
+    if left:
+        log.info("relay.recovered", extra={"rows": left})
+
+
+def _assemble(
+    settings: Settings, store: Store, asker: Asker, sender: Sender, *, now: Callable[[], int]
+) -> Relay:
+    configured = accounts(settings)
+    deliverer = Deliverer(
+        store,
+        sender,
+        schedule=settings.delivery.schedule,
+        timeout=settings.delivery.timeout,
+        concurrency=settings.delivery.concurrency,
+        endpoint_concurrency=settings.delivery.endpoint_concurrency,
+        now=now,
+    )
+    ingest = Ingest(store, handoff=deliverer.handoff, accept=deliverer.accept, now=now)
+
+    async def hint(hints: Sequence[Hint]) -> Sequence[None]:
+        await store.generations.hint(hints, now=now())
+        return [None] * len(hints)
+
+    return Relay(
+        settings=settings,
+        store=store,
+        accounts=configured,
+        callbacks=Callbacks(settings.origin, settings.secret_key),
+        ingest=ingest,
+        poller=Poller(store, asker, configured, record=ingest.record, now=now),
+        deliverer=deliverer,
+        watch=Batch(store.generations.create),
+        hint=Batch(hint),
+        now=now,
+    )
+
+
+def _metronome(relay: Relay) -> AsyncIOScheduler:
+    """Beats time for ticks that are idempotent; it never holds a job of its own per generation."""
+    scheduler = AsyncIOScheduler(
+        timezone="UTC", job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
+    )
+    retention = relay.settings.retention
+
+    async def remove_old() -> None:
+        await prune(relay.store, events=retention.events, attempts=retention.attempts, now=relay.now())
+
+    scheduler.add_job(relay.poller.tick, "interval", seconds=POLL_TICK)
+    scheduler.add_job(relay.deliverer.tick, "interval", seconds=RETRY_TICK)
+    scheduler.add_job(remove_old, "interval", seconds=PRUNE_TICK)
+    scheduler.start()
+    return scheduler

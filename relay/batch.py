@@ -1,0 +1,63 @@
+"""Group commit: calls that arrive during one write form the next write."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+log = logging.getLogger(__name__)
+
+
+class Batch(Generic[T, R]):
+    """Calls `write` with all the items that gathered since its last call began, at most `limit` at a time.
+
+    Awaiting a call returns that item's result once `write` has returned, so what `write` made durable is
+    durable then. A write that fails is repeated item by item: one bad item fails alone.
+    """
+
+    def __init__(self, write: Callable[[Sequence[T]], Awaitable[Sequence[R]]], *, limit: int = 500) -> None:
+        self._write = write
+        self._limit = limit
+        self._waiting: list[tuple[T, asyncio.Future[R]]] = []
+        self._writing: asyncio.Task[None] | None = None
+
+    async def __call__(self, item: T) -> R:
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._drain())
+        return await future
+
+    async def flush(self) -> None:
+        """Returns when everything that waits now has been written or has failed."""
+        while self._writing is not None:
+            await asyncio.shield(self._writing)
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                group = self._waiting[: self._limit]
+                del self._waiting[: self._limit]
+                await self._settle(group)
+        finally:
+            self._writing = None
+
+    async def _settle(self, group: Sequence[tuple[T, asyncio.Future[R]]]) -> None:
+        try:
+            results = await self._write([item for item, _ in group])
+        except Exception as error:
+            if len(group) > 1:
+                log.warning("a write of %d failed, repeating it one by one: %s", len(group), error)
+                for one in group:
+                    await self._settle([one])
+                return
+            _, future = group[0]
+            if not future.done():
+                future.set_exception(error)
+            return
+        for (_, future), result in zip(group, results, strict=True):
+            # A caller that went away is told nothing; its item is written all the same.
+            if not future.done():
+                future.set_result(result)

@@ -1,0 +1,48 @@
+"""Bytes to JSON and back: what Relay accepts from strangers, and what it signs and sends."""
+
+import json
+from typing import Any, NoReturn
+
+from relay.errors import Malformed
+
+DEPTH = 100
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def parse(data: bytes) -> Any:
+    """The JSON value in `data`. Raises Malformed for anything else: bad UTF-8, NaN, numbers of absurd
+    length, nesting deeper than DEPTH."""
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise Malformed("the body is not UTF-8") from error
+    except RecursionError as error:
+        raise Malformed(f"the JSON is nested deeper than {DEPTH} levels") from error
+    except ValueError as error:
+        raise Malformed(f"the body is not JSON: {error}") from error
+    # The nesting is at most the number of brackets: nearly every body is passed without a walk.
+    if data.count(b"{") + data.count(b"[") > DEPTH and _deeper_than(value, DEPTH):
+        raise Malformed(f"the JSON is nested deeper than {DEPTH} levels")
+    return value
+
+
+def compact(value: Any) -> bytes:
+    """The value as compact UTF-8 JSON, which every verifier can decode: a lone surrogate becomes `?`."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth + 1):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,31 @@
+"""Signed callback URLs: what a provider gets to call, and whose call it is."""
+
+import hashlib
+
+from itsdangerous import BadSignature, URLSafeSerializer
+
+_SALT = "relay.callback"
+
+
+class Callbacks:
+    """Makes and reads the URLs of generations. A URL is a capability: it only ever makes Relay ask."""
+
+    def __init__(self, public_url: str, secret_key: str) -> None:
+        self._base = public_url.rstrip("/")
+        self._serializer = URLSafeSerializer(
+            secret_key,
+            salt=_SALT,
+            signer_kwargs={"digest_method": hashlib.sha256, "key_derivation": "hmac"},
+        )
+
+    def url(self, account: str, generation_id: str) -> str:
+        token = self._serializer.dumps([account, generation_id])
+        return f"{self._base}/hooks/{account}/{token if isinstance(token, str) else token.decode()}"
+
+    def generation(self, account: str, token: str) -> str | None:
+        """The generation that a token was made for, None when it was not made by us for this account."""
+        try:
+            named, generation_id = self._serializer.loads(token)
+        except (BadSignature, ValueError, TypeError):
+            return None
+        return str(generation_id) if named == account else None

@@ -1,0 +1,220 @@
+"""config.yaml and the environment become frozen settings; every complaint names its key.
+
+Durations are milliseconds once they are read.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.networks import IPvAnyNetwork
+
+from relay.endpoint import canonical_url
+from relay.errors import ConfigError
+from relay.providers import Account, load
+from relay.schedule import Pace
+from relay.times import parse_duration
+
+OVERRIDES = {
+    "RELAY_DATABASE_URL": "database",
+    "RELAY_HOST": "host",
+    "RELAY_PORT": "port",
+    "RELAY_PUBLIC_URL": "public_url",
+    "RELAY_SECRET_KEY": "secret_key",
+    "RELAY_ADMIN_KEY": "admin_key",
+    "RELAY_LOG_LEVEL": "log_level",
+}
+_REFERENCE = re.compile(r"\$\{(?:file:(?P<file>[^}]+)|(?P<name>[A-Za-z_][A-Za-z0-9_]*))\}")
+ACCOUNT_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+
+
+def _duration(value: object) -> int:
+    if not isinstance(value, str):
+        raise ValueError("write a duration with its unit, such as 500ms, 5s, 10m, 2h or 30d")
+    milliseconds = parse_duration(value)
+    if milliseconds < 1:
+        raise ValueError("must be longer than nothing")
+    return milliseconds
+
+
+Duration = Annotated[int, BeforeValidator(_duration)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AccountSettings(_Section):
+    provider: str
+    api_key: str = Field(min_length=1, repr=False)
+    base_url: str | None = None
+    timeout: Duration | None = None
+    poll_interval: Duration | None = None
+    requests_per_minute: int | None = Field(default=None, ge=1)
+
+
+class DeliverySettings(_Section):
+    timeout: Duration = 15_000
+    schedule: tuple[Duration, ...] = Field(
+        default=tuple(
+            parse_duration(pause) for pause in ("5s", "5m", "30m", "2h", "5h", "10h", "14h", "20h", "24h")
+        ),
+        max_length=50,
+    )
+    endpoint_concurrency: int = Field(default=8, ge=1, le=1000)
+    concurrency: int = Field(default=256, ge=1, le=10_000)
+
+
+class NetworkSettings(_Section):
+    allow: tuple[IPvAnyNetwork, ...] = ()
+    allow_http: bool = False
+
+
+class RetentionSettings(_Section):
+    events: Duration = 30 * 86_400_000
+    attempts: Duration = 30 * 86_400_000
+
+
+class Settings(_Section):
+    """The whole configuration; `config.example.yaml` says what each key means."""
+
+    public_url: str | None = None
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    database: str = "sqlite:///relay.db"
+    secret_key: str = Field(min_length=1, repr=False)
+    admin_key: str | None = Field(default=None, min_length=1, repr=False)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    accounts: Mapping[Annotated[str, Field(pattern=ACCOUNT_NAME)], AccountSettings] = Field(
+        default_factory=dict
+    )
+    delivery: DeliverySettings = DeliverySettings()
+    network: NetworkSettings = NetworkSettings()
+    retention: RetentionSettings = RetentionSettings()
+
+    @property
+    def origin(self) -> str:
+        """What providers call back: `public_url`, or else this machine."""
+        return (self.public_url or f"http://{self.host}:{self.port}").rstrip("/")
+
+
+def load_config(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """The settings in a file (else `RELAY_CONFIG`, else `config.yaml`). Raises ConfigError."""
+    path = path or Path(environment.get("RELAY_CONFIG", "config.yaml"))
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} does not exist: copy config.example.yaml there, or name another with --config"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if document is None:
+        document = {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold keys and values, such as `port: 8080`")
+    return read_config(document, environment)
+
+
+def read_config(document: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Settings:
+    """The settings in a document, with the environment put in. Raises ConfigError naming every bad key."""
+    overridden = dict(document)
+    for variable, key in OVERRIDES.items():
+        if environment.get(variable):
+            overridden[key] = environment[variable]
+    problems: list[str] = []
+    filled = _fill(overridden, "", environment, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if not filled.get("secret_key"):
+        raise ConfigError(
+            "secret_key: is missing; set it to 32 random characters or more, for example by"
+            " `export RELAY_SECRET_KEY=$(openssl rand -hex 32)`"
+        )
+    try:
+        settings = Settings.model_validate(filled)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_complaint(one) for one in error.errors())) from error
+    if settings.public_url is not None:
+        _check_url("public_url", settings.public_url, settings, allow_http=True)
+    accounts(settings)
+    return settings
+
+
+def accounts(settings: Settings) -> dict[str, Account]:
+    """The accounts by name, each with its provider. Raises ConfigError."""
+    return {name: _account(name, one, settings) for name, one in settings.accounts.items()}
+
+
+def _account(name: str, given: AccountSettings, settings: Settings) -> Account:
+    key = f"accounts.{name}"
+    try:
+        provider = load(given.provider)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.provider: {error}") from error
+    base_url = given.base_url or provider.base_url
+    _check_url(f"{key}.base_url", base_url, settings, allow_http=settings.network.allow_http)
+    pace = provider.pace
+    if given.poll_interval is not None:
+        pace = Pace(
+            first=given.poll_interval,
+            interval=given.poll_interval,
+            timeout=pace.timeout,
+            backstop=5 * given.poll_interval,
+        )
+    return Account(
+        name=name,
+        provider=provider,
+        api_key=given.api_key,
+        base_url=base_url,
+        pace=Pace(pace.first, pace.interval, given.timeout or pace.timeout, pace.backstop),
+        requests_per_minute=given.requests_per_minute or provider.requests_per_minute,
+    )
+
+
+def _check_url(key: str, url: str, settings: Settings, *, allow_http: bool) -> None:
+    try:
+        canonical_url(url, allow_http=allow_http, allow=settings.network.allow)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _fill(value: Any, key: str, environment: Mapping[str, str], problems: list[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: _fill(one, f"{key}.{name}".lstrip("."), environment, problems)
+            for name, one in value.items()
+        }
+    if isinstance(value, list):
+        return [_fill(one, f"{key}[{index}]", environment, problems) for index, one in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def refer(match: re.Match[str]) -> str:
+        name, file = match["name"], match["file"]
+        if name is not None:
+            if not environment.get(name):
+                problems.append(f"{key}: the environment has no {name}: export it, or change this key")
+            return environment.get(name, "")
+        try:
+            return Path(file).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{key}: {file} cannot be read: {getattr(error, 'strerror', None) or error}")
+            return ""
+
+    return _REFERENCE.sub(refer, value)
+
+
+def _complaint(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]") or "the configuration"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: there is no such key; config.example.yaml lists them all"
+    if error["type"] == "missing":
+        return f"{key}: is missing"
+    return f"{key}: {error['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,109 @@
+"""An event is the immutable fact that is announced; its id is the `webhook-id`."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from relay.body import compact
+from relay.generation import Generation, Output, Status
+from relay.ids import new_id
+from relay.times import rfc3339
+
+TYPE = re.compile(r"[a-zA-Z0-9_]+(\.[a-zA-Z0-9_]+)*")
+ENDINGS = {
+    Status.COMPLETED: "generation.completed",
+    Status.FAILED: "generation.failed",
+    Status.CANCELED: "generation.canceled",
+    Status.TIMED_OUT: "generation.timed_out",
+}
+TEST = "endpoint.test"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`body` is what is signed, sent and stored, byte for byte. `ending` is the generation's status that
+    this event announces: the database takes each only once."""
+
+    id: str
+    tenant: str
+    type: str
+    body: bytes
+    created_at: int
+    generation_id: str | None = None
+    account: str | None = None
+    ending: str | None = None
+
+
+def ending(generation: Generation, *, now: int) -> Event:
+    """The announcement of a generation that has just ended."""
+    type_ = ENDINGS[generation.status]
+    data = describe(generation)
+    return Event(
+        id=new_id("evt", now),
+        tenant=generation.tenant,
+        type=type_,
+        body=envelope(type_, data["completed_at"], data),
+        created_at=now,
+        generation_id=generation.id,
+        account=generation.account,
+        ending=generation.status.value,
+    )
+
+
+def test(tenant: str, endpoint_id: str, *, now: int) -> Event:
+    """A made-up event that says which endpoint was tested."""
+    data = {"endpoint_id": endpoint_id, "message": "This is a test: your endpoint can be reached."}
+    return Event(new_id("evt", now), tenant, TEST, envelope(TEST, rfc3339(now), data), now)
+
+
+def envelope(type_: str, timestamp: str, data: Mapping[str, Any]) -> bytes:
+    """The body that subscribers receive."""
+    return compact({"type": type_, "timestamp": timestamp, "data": data})
+
+
+def describe(generation: Generation) -> dict[str, Any]:
+    """A generation in the words of the contract: the `data` of its events, the heart of its API resource."""
+    update = generation.update
+    created_at = generation.created_at
+    completed_at = duration_ms = None
+    if update is not None and update.created_at is not None:
+        created_at = update.created_at
+    if generation.ended:
+        completed_at = (update.completed_at if update else None) or generation.known_at
+        duration_ms = update.duration_ms if update else None
+        if duration_ms is None and completed_at is not None:
+            duration_ms = max(0, completed_at - created_at)
+    return {
+        "id": generation.id,
+        "provider": generation.provider,
+        "account": generation.account,
+        "job_id": generation.job_id,
+        "status": generation.status.value,
+        "provider_status": update.provider_status if update else None,
+        "kind": update.kind if update else None,
+        "model": update.model if update else None,
+        "progress": update.progress if update else None,
+        "outputs": [_output(output) for output in update.outputs] if update else [],
+        "error": asdict(update.error) if update and update.error else None,
+        "usage": {"credits": update.credits if update else None},
+        "created_at": rfc3339(created_at),
+        "completed_at": rfc3339(completed_at) if completed_at is not None else None,
+        "duration_ms": duration_ms,
+        "late": generation.late,
+        "learned_by": generation.learned_by.value if generation.learned_by else None,
+        "metadata": dict(generation.metadata),
+        "raw": update.raw if update else None,
+    }
+
+
+def _output(output: Output) -> dict[str, Any]:
+    return {
+        "url": output.url,
+        "kind": output.kind,
+        "content_type": output.content_type,
+        "width": output.width,
+        "height": output.height,
+        "expires_at": rfc3339(output.expires_at) if output.expires_at is not None else None,
+        "permanent_url": output.permanent_url,
+    }

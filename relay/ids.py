@@ -1,0 +1,16 @@
+"""Ids: a prefix that names the kind, an underscore, and a ULID: 26 characters that sort by time.
+
+    ep_ endpoint · gen_ generation · evt_ event · dlv_ delivery · att_ attempt · key_ API key
+"""
+
+from ulid import ULID
+
+
+def new_id(prefix: str, now: int) -> str:
+    """A new id; `now` is unix milliseconds, the rest is random."""
+    return f"{prefix}_{ULID.from_timestamp(now)}"
+
+
+def first_id(prefix: str, at: int) -> str:
+    """What every id of that kind made at or after `at` (unix milliseconds) is not less than."""
+    return f"{prefix}_{ULID.from_bytes(at.to_bytes(6) + bytes(10))}"

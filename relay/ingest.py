@@ -1,0 +1,111 @@
+"""From an update to an event to its deliveries: one transaction, grouped."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from relay.batch import Batch
+from relay.delivery import Claimed
+from relay.event import Event, ending
+from relay.generation import Generation
+from relay.schedule import Report
+from relay.store import Store
+from relay.store.events import Change, Handoff
+
+log = logging.getLogger(__name__)
+
+
+class Ingest:
+    """Records reports. `handoff` says how many fresh deliveries may be handed over, `accept` takes them."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        handoff: Callable[[], Handoff],
+        accept: Callable[[Sequence[Claimed]], None],
+        now: Callable[[], int],
+    ) -> None:
+        self._store, self._handoff, self._accept, self._now = store, handoff, accept, now
+        self._batch: Batch[Report, Generation | None] = Batch(self._write)
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+
+    async def record(self, report: Report) -> Generation | None:
+        """The generation after the report, durably; None when it is no longer watched."""
+        return await self._batch(report)
+
+    async def flush(self) -> None:
+        await self._batch.flush()
+
+    async def ended(self, tenant: str, generation_id: str, *, timeout: float) -> Generation | None:
+        """The generation once it has ended, or as it is after `timeout` seconds; None when there is none."""
+        bell = asyncio.Event()
+        self._waiting.setdefault(generation_id, set()).add(bell)
+        try:
+            generation = await self._store.generations.get(tenant, generation_id)
+            if generation is None or generation.ended:
+                return generation
+            try:
+                async with asyncio.timeout(timeout):
+                    await bell.wait()
+            except TimeoutError:
+                pass
+            return await self._store.generations.get(tenant, generation_id)
+        finally:
+            bells = self._waiting[generation_id]
+            bells.discard(bell)
+            if not bells:
+                del self._waiting[generation_id]
+
+    async def _write(self, reports: Sequence[Report]) -> Sequence[Generation | None]:
+        now = self._now()
+        ids = sorted({report.generation_id for report in reports})
+        current = {one.id: one for one in await self._store.generations.get_many(ids)}
+        events: dict[str, Event] = {}
+        changed: set[str] = set()
+        asked = []
+        for report in reports:
+            generation = current.get(report.generation_id)
+            if generation is None:
+                continue
+            after = None
+            if report.update is not None:
+                after = generation.after(report.update, now=now, learned_by=report.learned_by)
+            if after is not None:
+                _log(generation, after)
+                changed.add(after.id)
+                current[after.id] = generation = after
+                if after.ended:
+                    events[after.id] = ending(after, now=now)
+            asked.append(report.asked(generation))
+        changes = [Change(current[id_], events.get(id_)) for id_ in sorted(changed)]
+        fresh, claimed = await self._store.events.record(changes, asked, self._handoff(), now=now)
+        self._accept(claimed)
+        for event in fresh:
+            for bell in self._waiting.get(event.generation_id or "", ()):
+                bell.set()
+        return [current.get(report.generation_id) for report in reports]
+
+
+def _log(before: Generation, after: Generation) -> None:
+    if after.status is not before.status:
+        log.info(
+            "generation.moved",
+            extra={
+                "generation": after.id,
+                "account": after.account,
+                "job": after.job_id,
+                "from": before.status.value,
+                "to": after.status.value,
+                "learned_by": after.learned_by,
+            },
+        )
+    if after.update is not None and after.update.status is None:
+        log.warning(
+            "generation.unknown_status",
+            extra={
+                "generation": after.id,
+                "account": after.account,
+                "provider_status": after.update.provider_status,
+            },
+        )

@@ -1,0 +1,242 @@
+"""Polling: claim due generations, ask their provider, hand on what it said."""
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+from uuid import uuid4
+
+from relay.asker import Asker
+from relay.errors import Conflict, ProviderError, StoreError
+from relay.generation import ENDINGS, OPEN, Code, Generation, LearnedBy, Update
+from relay.providers import Account
+from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Asked, Report, next_ask
+from relay.store import Store
+
+log = logging.getLogger(__name__)
+LEASE = 60_000
+AT_ONCE = 128
+AT_ONCE_PER_ACCOUNT = 32
+FAILING = 3
+
+
+class Budget:
+    """An account's requests: nine tenths of `per_minute` evenly, one tenth in a burst; None is no limit."""
+
+    def __init__(self, per_minute: int | None) -> None:
+        self._pause = 60_000 / (per_minute * 0.9) if per_minute else 0.0
+        self._burst = self._pause * max(0.0, (per_minute or 0) / 10 - 1)
+        self._next = 0.0
+
+    def wait(self, now: int) -> int:
+        """Milliseconds until a request may be made; 0 takes that request from the budget."""
+        early = self._next - now
+        if early > self._burst:
+            return round(early - self._burst) or 1
+        self._next = max(self._next, now) + self._pause
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How an account's last requests went. `status` is `ok`, `unauthorized` or `failing`."""
+
+    status: Literal["ok", "unauthorized", "failing"] = "ok"
+    failures: int = 0
+    last_error: str | None = None
+    last_error_at: int | None = None
+
+    def after(self, error: ProviderError | None, now: int) -> "Health":
+        if error is None:
+            return replace(self, status="ok", failures=0)
+        failures = self.failures + 1
+        status: Literal["ok", "unauthorized", "failing"] = self.status
+        if failures >= FAILING:
+            status = "failing"
+        if error.code == "unauthorized":
+            status = "unauthorized"
+        return Health(status, failures, f"{error.code}: {error}", now)
+
+
+class Poller:
+    """Asks about what is due. `record` takes reports (it is `Ingest.record`)."""
+
+    def __init__(
+        self,
+        store: Store,
+        asker: Asker,
+        accounts: Mapping[str, Account],
+        *,
+        record: Callable[[Report], Coroutine[None, None, Generation | None]],
+        now: Callable[[], int],
+    ) -> None:
+        self._store, self._asker, self._accounts = store, asker, accounts
+        self._record, self._now = record, now
+        self.health = {name: Health() for name in accounts}
+        self._budgets = {name: Budget(account.requests_per_minute) for name, account in accounts.items()}
+        self._asking: set[asyncio.Task[None]] = set()
+        self._per_account: Counter[str] = Counter()
+        self._tick = asyncio.Lock()
+        self._stopping = False
+
+    def wake(self) -> None:
+        """Looks for due generations now rather than at the next tick."""
+        if not self._stopping:
+            self._spawn(self.tick())
+
+    async def tick(self) -> None:
+        """Claims what is due and begins to ask; idempotent."""
+        async with self._tick:
+            room = AT_ONCE - sum(self._per_account.values())
+            if self._stopping or room <= 0:
+                return
+            now = self._now()
+            due = await self._store.generations.claim(
+                now=now, limit=room, lease=uuid4().hex, lease_until=now + LEASE
+            )
+            later = []
+            for generation in due:
+                wait = self._wait(generation, now)
+                if wait:
+                    later.append((generation, now + wait))
+                else:
+                    self._per_account[generation.account] += 1
+                    self._spawn(self._visit(generation))
+            await self._store.generations.postpone(later)
+
+    async def refresh(self, generation: Generation) -> Generation | None:
+        """Asks now, whatever the schedule says; the generation afterwards, None when it is gone.
+
+        Raises Conflict when the account is not configured or the job is not known.
+        """
+        if generation.account not in self._accounts:
+            raise Conflict(f"account {generation.account!r} is not configured any more")
+        if generation.job_id is None and generation.claimed_job_id is None:
+            raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
+        claimed = await self._store.generations.claim_one(
+            generation.id, lease=uuid4().hex, lease_until=self._now() + LEASE
+        )
+        return await self._ask(claimed, LearnedBy.REFRESH) if claimed is not None else generation
+
+    async def stop(self) -> None:
+        """Claims nothing more and returns when every ask under way has been recorded."""
+        self._stopping = True
+        while self._asking:
+            await asyncio.wait(self._asking)
+
+    def _wait(self, generation: Generation, now: int) -> int:
+        account = self._accounts.get(generation.account)
+        if account is None or (generation.job_id is None and generation.claimed_job_id is None):
+            return 0
+        if self._per_account[generation.account] >= AT_ONCE_PER_ACCOUNT:
+            return account.pace.interval
+        return self._budgets[generation.account].wait(now)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._asking.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._asking.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # The lease brings the generation back; the loop goes on.
+            log.error("poll.failed: %s", error, exc_info=None if isinstance(error, StoreError) else error)
+
+    async def _visit(self, generation: Generation) -> None:
+        try:
+            by = LearnedBy.POLL if generation.hint_asks is None else LearnedBy.CALLBACK
+            await self._ask(generation, by)
+        finally:
+            self._per_account[generation.account] -= 1
+
+    async def _ask(self, generation: Generation, learned_by: LearnedBy) -> Generation | None:
+        update, error, missing = None, None, 0
+        job_id = generation.job_id or generation.claimed_job_id
+        account = self._accounts.get(generation.account)
+        if account is None:
+            error = ProviderError("unreachable", f"account {generation.account!r} is not configured any more")
+        elif job_id is not None:
+            try:
+                update = await self._asker.ask(account, job_id)
+            except ProviderError as problem:
+                error = problem
+            self.health[account.name] = self.health[account.name].after(error, self._now())
+        if update is not None and _says_missing(update):
+            missing = generation.missing + 1
+            if missing <= len(MISSING_PAUSES):
+                update = None
+        if generation.job_id is None and job_id is not None:
+            generation, update = await self._check_claim(generation, job_id, update, missing)
+        if self._is_over(generation, update):
+            update, learned_by = generation.timed_out(), LearnedBy.DEADLINE
+        asked = self._asked(generation, account, error=error, missing=missing)
+        return await self._record(Report(generation.id, learned_by, update, asked))
+
+    async def _check_claim(
+        self, generation: Generation, job_id: str, update: Update | None, missing: int
+    ) -> tuple[Generation, Update | None]:
+        """A job id that only a callback claimed is believed once the provider knows such a job of ours."""
+        if update is not None and not missing:
+            try:
+                await self._store.generations.name_job(generation, job_id, due_at=None)
+                return replace(generation, job_id=job_id, claimed_job_id=None), update
+            except Conflict:
+                log.warning("poll.claim_refused", extra={"generation": generation.id, "job": job_id})
+        elif missing <= len(MISSING_PAUSES):
+            return generation, None
+        await self._store.generations.drop_claim(generation.id)
+        return replace(generation, claimed_job_id=None, hint_asks=None, missing=0), None
+
+    def _is_over(self, generation: Generation, update: Update | None) -> bool:
+        told = update is not None and update.status in ENDINGS
+        return not told and generation.status in OPEN and self._now() >= generation.deadline_at
+
+    def _asked(
+        self, generation: Generation, account: Account | None, *, error: ProviderError | None, missing: int
+    ) -> Callable[[Generation], Asked]:
+        now = self._now()
+        errors = generation.errors + 1 if error is not None else 0
+        hint_asks = None
+        if generation.hint_asks is not None and generation.hint_asks < len(AFTER_CALLBACK):
+            hint_asks = generation.hint_asks + 1
+        last_error = f"{error.code}: {error}" if error is not None else None
+
+        def asked(after: Generation) -> Asked:
+            counted = replace(
+                after,
+                errors=errors,
+                missing=missing,
+                hint_asks=hint_asks,
+                claimed_job_id=generation.claimed_job_id,
+            )
+            due_at: int | None = after.deadline_at
+            if account is not None:
+                due_at = next_ask(
+                    counted,
+                    account.pace,
+                    now=now,
+                    spread=random.random(),  # noqa: S311 # jitter, not a secret
+                    error=error,
+                )
+            elif after.ended:
+                due_at = None
+            return Asked(
+                generation_id=generation.id,
+                lease=generation.lease or "",
+                at=now,
+                due_at=due_at,
+                errors=errors,
+                missing=missing,
+                hint_asks=hint_asks,
+                last_error=last_error,
+            )
+
+        return asked
+
+
+def _says_missing(update: Update) -> bool:
+    return update.error is not None and update.error.code is Code.NOT_FOUND

@@ -1,0 +1,205 @@
+"""What a provider is: the code that understands one AI service.
+
+A provider is a value without I/O: it says where to ask and how to read. Asking is `relay.poll`'s work.
+To add one: a file here, a line in PROVIDERS, a folder of recorded answers under `tests/providers/`.
+A provider outside the package is named `"module:Class"` in the configuration.
+"""
+
+import mimetypes
+import posixpath
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar
+from urllib.parse import quote, urlsplit
+
+from relay.body import parse
+from relay.errors import ConfigError, Malformed, ProviderError
+from relay.generation import Code, Output, Problem, Status, Update
+from relay.schedule import Pace
+from relay.times import parse_retry_after
+
+PROVIDERS = {
+    "luma": "relay.providers.luma:Luma",
+    "pictory": "relay.providers.pictory:Pictory",
+    "pixellabs": "relay.providers.pixellabs:PixelLabs",
+    "vivix": "relay.providers.vivix:Vivix",
+}
+_MODELS = {".glb", ".gltf", ".obj", ".fbx", ".usdz", ".stl", ".ply"}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back over the wire; header names are lower-case."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str]
+
+
+class Provider(ABC):
+    """One AI service. Subclasses are stateless; the credential belongs to the account."""
+
+    name: ClassVar[str]
+    base_url: ClassVar[str]  # with the API's version prefix
+    pace: ClassVar[Pace]
+    requests_per_minute: ClassVar[int | None] = None
+    calls_back: ClassVar[bool] = False
+
+    @abstractmethod
+    def path(self, job_id: str) -> str:
+        """Where the status of a job is asked, below the base URL; `job_id` is already quoted."""
+
+    @abstractmethod
+    def read(self, answer: Mapping[str, Any], *, now: int) -> Update:
+        """The meaning of a 200 answer. Raises nothing: what is missing or odd becomes None."""
+
+    def authorization(self, api_key: str) -> str:
+        """The Authorization header's value."""
+        return f"Bearer {api_key}"
+
+    def not_found(self, status: int, answer: Any) -> bool:
+        """Whether a refusal means that this account has no such job."""
+        return status == 404
+
+    def claimed_job(self, callback: Any) -> str | None:
+        """The job id that a callback's JSON names; only ever a claim."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One configured credential at a provider. `repr` never shows the credential."""
+
+    name: str
+    provider: Provider
+    api_key: str
+    base_url: str
+    pace: Pace
+    requests_per_minute: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Account({self.name!r}, {self.provider.name!r})"
+
+    def url(self, job_id: str) -> str:
+        return self.base_url.rstrip("/") + self.provider.path(quote(job_id, safe=""))
+
+
+def load(name: str) -> Provider:
+    """The provider of that name, or of the `module:Class` outside the package. Raises ConfigError."""
+    target = PROVIDERS.get(name, name)
+    module, colon, class_ = target.partition(":")
+    if not colon:
+        known = ", ".join(PROVIDERS)
+        raise ConfigError(f'unknown provider {name!r}: use one of {known}, or "module:Class"')
+    try:
+        provider = getattr(import_module(module), class_)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"provider {name!r} cannot be loaded: {error}") from error
+    if not isinstance(provider, Provider):
+        raise ConfigError(f"provider {name!r} is not a relay.providers.Provider")
+    return provider
+
+
+def understand(provider: Provider, reply: Reply, *, now: int) -> Update:
+    """The update in a provider's reply. Raises ProviderError when it holds none.
+
+    "No such job" is an update (`failed`, `not_found`): whether to believe it yet is the caller's choice.
+    """
+    if 200 <= reply.status <= 299:
+        return provider.read(_object(reply), now=now)
+    try:
+        answer = parse(reply.body)
+    except Malformed:
+        answer = None
+    if provider.not_found(reply.status, answer):
+        return missing(answer, f"{provider.name} has no such job for this account")
+    retry_after = parse_retry_after(reply.headers.get("retry-after"), now)
+    said = f"{provider.name} answered {reply.status}"
+    if isinstance(answer, dict):
+        words = [text(answer.get(key)) for key in ("error", "message", "detail")]
+        said += "".join(f": {word[:200]}" for word in words if word)
+    code = {401: "unauthorized", 403: "blocked", 429: "rate_limited"}.get(reply.status, "unavailable")
+    raise ProviderError(code, said, retry_after=retry_after)
+
+
+def missing(answer: Any, message: str) -> Update:
+    """The update of a job that the provider does not know."""
+    problem = Problem(Code.NOT_FOUND, message, retryable=False)
+    return Update(status=Status.FAILED, error=problem, raw=answer)
+
+
+def _object(reply: Reply) -> Mapping[str, Any]:
+    try:
+        answer = parse(reply.body)
+    except Malformed as error:
+        raise ProviderError("unreadable", f"the answer cannot be read: {error}") from error
+    if not isinstance(answer, dict):
+        raise ProviderError("unreadable", "the answer is not a JSON object")
+    return answer
+
+
+def text(value: Any) -> str | None:
+    """A non-empty string, else None."""
+    return value if isinstance(value, str) and value else None
+
+
+def number(value: Any) -> float | int | None:
+    """A number that is not negative, else None; digits in a string count."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
+        return None
+    return value
+
+
+def whole(value: Any) -> int | None:
+    """A number as an integer, else None."""
+    found = number(value)
+    return round(found) if found is not None else None
+
+
+def output(
+    url: Any,
+    *,
+    kind: str | None = None,
+    content_type: str | None = None,
+    width: Any = None,
+    height: Any = None,
+    expires_at: int | None = None,
+    permanent_url: Any = None,
+) -> tuple[Output, ...]:
+    """The output at a URL, as a tuple to add up; empty when there is no URL.
+
+    What the provider does not say about its kind and type, the file extension does.
+    """
+    if text(url) is None:
+        return ()
+    guessed_kind, guessed_type = _media(url)
+    return (
+        Output(
+            url=url,
+            kind=kind or guessed_kind,
+            content_type=content_type or guessed_type,
+            width=whole(width),
+            height=whole(height),
+            expires_at=expires_at,
+            permanent_url=text(permanent_url),
+        ),
+    )
+
+
+def _media(url: str) -> tuple[str | None, str | None]:
+    try:
+        path = urlsplit(url).path
+    except ValueError:
+        return None, None
+    content_type, _ = mimetypes.guess_type(path, strict=False)
+    if posixpath.splitext(path)[1].lower() in _MODELS:
+        return "3d", content_type
+    main = (content_type or "").partition("/")[0]
+    return (main if main in ("image", "video", "audio", "text") else None), content_type

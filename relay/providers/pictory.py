@@ -1,0 +1,77 @@
+"""Pictory AI Studio images, and the other jobs behind the same route.
+
+https://docs.pictory.ai/api-reference/ai-studio/get-image-job (GET /pictoryapis/v1/jobs/{jobid})
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from relay.generation import Code, Output, Problem, Status, Update
+from relay.providers import Provider, missing, number, output, text
+from relay.schedule import Pace
+
+
+class Pictory(Provider):
+    """Calls back, unsigned, to the `webhook` of the create request. Asks for 10 to 30 s between polls."""
+
+    name = "pictory"
+    base_url = "https://api.pictory.ai/pictoryapis/v1"
+    pace = Pace(first=10_000, interval=12_000, timeout=30 * 60_000, backstop=60_000)
+    calls_back = True
+
+    def path(self, job_id: str) -> str:
+        return f"/jobs/{job_id}"
+
+    def authorization(self, api_key: str) -> str:
+        return api_key
+
+    def claimed_job(self, callback: Any) -> str | None:
+        return text(callback.get("job_id")) if isinstance(callback, dict) else None
+
+    def read(self, answer: Mapping[str, Any], *, now: int) -> Update:
+        data = answer.get("data")
+        data = data if isinstance(data, dict) else {}
+        word = text(data.get("status"))
+        status = STATUSES.get(word or "")
+        if answer.get("success") is False:
+            status = Status.FAILED
+        code = data.get("error_code", answer.get("error_code"))
+        message = text(data.get("error_message", answer.get("error_message")))
+        if status is Status.FAILED and (str(code) == UNKNOWN_JOB or message == "JOB_NOT_FOUND"):
+            return missing(answer, message or "JOB_NOT_FOUND")
+        outputs = _outputs(data) if status is Status.COMPLETED else ()
+        progress = number(data.get("renderProgress", data.get("progress")))
+        return Update(
+            status=status,
+            provider_status=word,
+            kind=outputs[0].kind if outputs else None,
+            progress=min(progress / 100, 1.0) if progress is not None else None,
+            outputs=outputs,
+            error=_problem(code, message) if status is Status.FAILED else None,
+            credits=number(data.get("aiCreditsUsed")),
+            raw=answer,
+        )
+
+
+def _outputs(data: Mapping[str, Any]) -> tuple[Output, ...]:
+    """An image job has `url`, documented to be a PNG; a video job has `duration` too; a render `videoURL`."""
+    if text(data.get("videoURL")):
+        return output(data["videoURL"], kind="video")
+    size = {"width": data.get("width"), "height": data.get("height")}
+    if "duration" in data:
+        return output(data.get("url"), kind="video", **size)
+    return output(data.get("url"), kind="image", content_type="image/png", **size)
+
+
+def _problem(code: Any, message: str | None) -> Problem:
+    provider_code = str(code) if code is not None else None
+    known = Code.PROVIDER_ERROR if (provider_code or "").endswith("_FAILED") else Code.UNKNOWN
+    return Problem(known, message or provider_code or "Pictory gave no reason", provider_code=provider_code)
+
+
+UNKNOWN_JOB = "5000"
+STATUSES = {
+    "in-progress": Status.PROCESSING,
+    "completed": Status.COMPLETED,
+    "failed": Status.FAILED,
+}

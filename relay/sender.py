@@ -1,0 +1,131 @@
+"""The way out to subscribers: one entrance, `Sender.send`, which answers for everything that can happen."""
+
+import asyncio
+import ssl
+from collections.abc import Callable, Mapping
+from typing import Self
+
+import aiohttp
+from aiohttp import ClientResponse, ClientSession, ClientTimeout, DummyCookieJar
+from yarl import URL
+
+from relay import __version__
+from relay.delivery import Answer, Code
+from relay.guard import BlockedAddress, Guard, connector
+from relay.times import parse_retry_after
+
+USER_AGENT = f"Relay/{__version__}"
+_READ = 64 * 1024
+_KEPT = 16 * 1024
+# A receiver that closes an idle connection while we reuse it costs an attempt: reuse only briefly.
+_KEEPALIVE = 4.0
+_HEADERS = {"content-type": "application/json", "user-agent": USER_AGENT, "accept-encoding": "identity"}
+_FAILURES: tuple[tuple[type[BaseException], Code], ...] = (
+    (TimeoutError, Code.TIMEOUT),
+    (aiohttp.ClientConnectorDNSError, Code.DNS),
+    (aiohttp.ClientSSLError, Code.TLS),
+    (ssl.SSLError, Code.TLS),
+    (aiohttp.ClientConnectorError, Code.CONNECT),
+    (aiohttp.ClientConnectionError, Code.DISCONNECTED),
+    (aiohttp.ClientPayloadError, Code.DISCONNECTED),
+    (aiohttp.ClientError, Code.BAD_RESPONSE),
+    (OSError, Code.DISCONNECTED),
+)
+
+
+class Sender:
+    """POSTs bodies. Follows no redirect, keeps no cookie, uses no proxy of the environment, decodes nothing,
+    reads at most 64 KiB of an answer, and takes no longer than its deadline in all."""
+
+    def __init__(self, session: ClientSession, *, timeout: int, now: Callable[[], int]) -> None:
+        self._session, self._timeout, self._now = session, timeout, now
+
+    @classmethod
+    def open(cls, guard: Guard, *, timeout: int, now: Callable[[], int]) -> Self:
+        """`timeout` in milliseconds; call it where a loop runs, and `close` the sender in the end."""
+        session = ClientSession(
+            connector=connector(guard, keepalive=_KEEPALIVE, limit=0),
+            cookie_jar=DummyCookieJar(),
+            timeout=ClientTimeout(total=None),
+            auto_decompress=False,
+            trust_env=False,
+            headers=_HEADERS,
+        )
+        return cls(session, timeout=timeout, now=now)
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def send(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        """The outcome of one POST. Raises nothing but cancellation."""
+        started_at = self._now()
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        status = excerpt = code = message = retry_after = None
+        try:
+            async with asyncio.timeout(self._timeout / 1000):
+                async with self._session.post(
+                    # The URL was made canonical when it was stored: nothing may re-read it differently now.
+                    URL(url, encoded=True),
+                    data=body,
+                    headers=headers,
+                    allow_redirects=False,
+                ) as response:
+                    status = response.status
+                    retry_after = parse_retry_after(response.headers.get("retry-after"), started_at)
+                    excerpt = await _excerpt(response)
+            code, message = _judge(status)
+        except Exception as error:
+            code, message = _explain(error, self._timeout)
+            if code is Code.BLOCKED_ADDRESS:
+                status = excerpt = None
+        return Answer(
+            started_at=started_at,
+            duration_ms=round((loop.time() - begun) * 1000),
+            status=status,
+            body=excerpt,
+            code=code,
+            message=message,
+            retry_after=retry_after,
+        )
+
+
+async def _excerpt(response: ClientResponse) -> str:
+    """The beginning of the body, as text for people; what is left unread costs the connection."""
+    read = bytearray()
+    while len(read) < _READ:
+        chunk = await response.content.readany()
+        if not chunk:
+            break
+        read += chunk
+    if not response.content.at_eof():
+        response.close()
+    return bytes(read[:_KEPT]).decode("utf-8", "replace").replace("\0", "\ufffd")
+
+
+def _judge(status: int) -> tuple[Code | None, str | None]:
+    if 200 <= status <= 299:
+        return None, None
+    if 300 <= status <= 399:
+        return Code.REDIRECT, f"the endpoint answered {status}; redirects are not followed"
+    return Code.HTTP_STATUS, f"the endpoint answered {status}"
+
+
+def _explain(error: Exception, timeout: int) -> tuple[Code, str]:
+    blocked = _blocked(error)
+    if blocked is not None:
+        return Code.BLOCKED_ADDRESS, str(blocked)
+    code = next((code for kind, code in _FAILURES if isinstance(error, kind)), Code.INTERNAL)
+    if code is Code.TIMEOUT:
+        return code, f"no whole answer within {timeout / 1000:g} s"
+    return code, str(error)[:500] or type(error).__name__
+
+
+def _blocked(error: BaseException | None) -> BlockedAddress | None:
+    """The guard's refusal, however deep the client has wrapped it."""
+    for _ in range(8):
+        if error is None or isinstance(error, BlockedAddress):
+            return error
+        inner = getattr(error, "os_error", None) or error.__cause__
+        error = inner if isinstance(inner, BaseException) else None
+    return None

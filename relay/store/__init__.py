@@ -1,0 +1,51 @@
+"""What Relay remembers: one SQL text, a file per noun; each method is one transaction.
+
+The rules that keep the text one: `:named` parameters; CAST, never `::`; BIGINT milliseconds, TEXT ids and
+JSON, BYTEA bodies; no database's own functions; a claim is `WITH due AS (SELECT …) UPDATE … FROM due`;
+sort by NOT NULL columns; writes of the hot path are lists and idempotent.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from relay.errors import ConfigError
+from relay.store.database import Database
+from relay.store.deliveries import Deliveries
+from relay.store.endpoints import Endpoints
+from relay.store.events import Events
+from relay.store.generations import Generations
+from relay.store.retention import Retention
+from relay.store.sqlite import SQLite
+from relay.store.tenants import Tenants
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Everything at rest, by noun."""
+
+    database: Database
+    endpoints: Endpoints
+    generations: Generations
+    events: Events
+    deliveries: Deliveries
+    tenants: Tenants
+    retention: Retention
+
+
+async def open_database(url: str) -> Database:
+    """The database that `database:` names. Raises ConfigError when it cannot be opened."""
+    if url.startswith("sqlite:///"):
+        return await SQLite.open(Path(url.removeprefix("sqlite:///")))
+    raise ConfigError("database: write sqlite:///relay.db, or sqlite:////absolute/path/relay.db")
+
+
+def store_on(database: Database) -> Store:
+    return Store(
+        database=database,
+        endpoints=Endpoints(database),
+        generations=Generations(database),
+        events=Events(database),
+        deliveries=Deliveries(database),
+        tenants=Tenants(database),
+        retention=Retention(database),
+    )

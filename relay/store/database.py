@@ -1,0 +1,54 @@
+"""What a driver offers the store: transactions over one SQL text with `:named` parameters."""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+Row = Mapping[str, Any]
+
+
+class Transaction(Protocol):
+    """Statements between BEGIN and COMMIT; what raises inside rolls everything back."""
+
+    async def execute(self, sql: str, **values: Any) -> int:
+        """Returns the number of rows that were changed."""
+
+    async def execute_many(self, sql: str, rows: Sequence[Row]) -> None: ...
+
+    async def fetch(self, sql: str, **values: Any) -> list[Row]:
+        """All rows; a sequence among the values becomes the list of an `IN (:name)`."""
+
+
+class Database(Protocol):
+    """One open database. Driver errors come out as StoreError."""
+
+    skip_locked: str  # what a claim's SELECT ends with where rows can be locked
+
+    def write(self) -> AbstractAsyncContextManager[Transaction]:
+        """A transaction that may write; writers come one after another."""
+
+    def read(self) -> AbstractAsyncContextManager[Transaction]:
+        """For statements that change nothing; each sees what is committed when it begins."""
+
+    async def probe(self) -> None:
+        """Raises StoreError when it would not take a write now."""
+
+    async def close(self) -> None: ...
+
+
+def expand(sql: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """`IN (:ids)` with one parameter per item of `ids`.
+
+    Padded to a power of two with the last item, so that only a few texts are ever prepared.
+    """
+    scalars = {name: value for name, value in values.items() if not isinstance(value, list | tuple)}
+    for name, items in values.items():
+        if name in scalars:
+            continue
+        size = 1 << max(0, len(items) - 1).bit_length()
+        padded = [*items, *([items[-1] if items else None] * (size - len(items)))]
+        names = [f"{name}_{index}" for index in range(size)]
+        sql = re.sub(rf":{name}\b", ", ".join(f":{one}" for one in names), sql)
+        scalars.update(zip(names, padded, strict=True))
+    return sql, scalars

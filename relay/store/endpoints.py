@@ -1,0 +1,153 @@
+"""Endpoints at rest."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from relay.endpoint import Endpoint
+from relay.store.database import Database, Row, Transaction
+from relay.store.idempotency import Idempotency, created_before, remember
+
+_JSON = ("event_types", "accounts", "headers", "metadata")
+
+
+class Endpoints:
+    """Every statement about endpoints; each method is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    async def create(self, endpoint: Endpoint, idempotency: Idempotency | None) -> Endpoint | None:
+        """The new endpoint, or the one that the key created before; None when that one is gone."""
+        async with self._db.write() as tx:
+            before = await created_before(tx, endpoint.tenant, idempotency)
+            if before is not None:
+                return await _get(tx, endpoint.tenant, before[0])
+            await tx.execute(
+                """
+                INSERT INTO endpoints (
+                    id, tenant, url, description, event_types, accounts, headers, metadata, secret,
+                    previous_secret, previous_secret_expires_at, disabled_at, disabled_reason, deleted_at,
+                    created_at, updated_at
+                ) VALUES (
+                    :id, :tenant, :url, :description, :event_types, :accounts, :headers, :metadata, :secret,
+                    :previous_secret, :previous_secret_expires_at, :disabled_at, :disabled_reason,
+                    :deleted_at, :created_at, :updated_at
+                )
+                """,
+                **_values(endpoint),
+            )
+            await remember(
+                tx, endpoint.tenant, idempotency, resource_id=endpoint.id, status=201, now=endpoint.created_at
+            )
+        return endpoint
+
+    async def get(self, tenant: str, endpoint_id: str) -> Endpoint | None:
+        async with self._db.read() as tx:
+            return await _get(tx, tenant, endpoint_id)
+
+    async def page(self, tenant: str, *, limit: int, cursor: str | None) -> Sequence[Endpoint]:
+        """Newest first, those after the id `cursor`."""
+        async with self._db.read() as tx:
+            rows = await tx.fetch(
+                """
+                SELECT * FROM endpoints
+                WHERE tenant = :tenant AND deleted_at IS NULL AND (:cursor IS NULL OR id < :cursor)
+                ORDER BY id DESC LIMIT :limit
+                """,
+                tenant=tenant,
+                cursor=cursor,
+                limit=limit,
+            )
+        return [read_endpoint(row) for row in rows]
+
+    async def change(self, endpoint: Endpoint) -> None:
+        """Writes what may be changed by its owner: all but id, tenant, state and times of creation."""
+        async with self._db.write() as tx:
+            await tx.execute(
+                """
+                UPDATE endpoints
+                SET url = :url, description = :description, event_types = :event_types, accounts = :accounts,
+                    headers = :headers, metadata = :metadata, secret = :secret,
+                    previous_secret = :previous_secret,
+                    previous_secret_expires_at = :previous_secret_expires_at, updated_at = :updated_at
+                WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
+                """,
+                **_values(endpoint),
+            )
+
+    async def enable(self, tenant: str, endpoint_id: str, *, now: int) -> None:
+        async with self._db.write() as tx:
+            await tx.execute(
+                """
+                UPDATE endpoints SET disabled_at = NULL, disabled_reason = NULL, updated_at = :now
+                WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
+                """,
+                id=endpoint_id,
+                tenant=tenant,
+                now=now,
+            )
+
+    async def disable(self, tenant: str, endpoint_id: str, *, reason: str, now: int) -> None:
+        """Its open deliveries become canceled, and may be replayed once it is enabled again."""
+        async with self._db.write() as tx:
+            if await _get(tx, tenant, endpoint_id) is not None:
+                await disable(tx, [endpoint_id], reason=reason, now=now)
+
+    async def delete(self, tenant: str, endpoint_id: str, *, now: int) -> None:
+        """Its history stays readable; its secrets are gone."""
+        async with self._db.write() as tx:
+            if await _get(tx, tenant, endpoint_id) is None:
+                return
+            await disable(tx, [endpoint_id], reason="deleted", now=now)
+            await tx.execute(
+                """
+                UPDATE endpoints
+                SET deleted_at = :now, secret = '', headers = '{}',
+                    previous_secret = NULL, previous_secret_expires_at = NULL
+                WHERE id = :id
+                """,
+                id=endpoint_id,
+                now=now,
+            )
+
+
+async def disable(tx: Transaction, endpoint_ids: Sequence[str], *, reason: str, now: int) -> None:
+    """Disables endpoints and cancels what is on its way to them.
+
+    A canceled delivery keeps its lease, so that an attempt in flight can still log its outcome.
+    """
+    await tx.execute_many(
+        """
+        UPDATE endpoints SET disabled_at = :now, disabled_reason = :reason, updated_at = :now
+        WHERE id = :id AND disabled_at IS NULL
+        """,
+        [{"id": endpoint_id, "reason": reason, "now": now} for endpoint_id in endpoint_ids],
+    )
+    await tx.execute_many(
+        """
+        UPDATE deliveries SET status = 'canceled', due_at = NULL, updated_at = :now
+        WHERE endpoint_id = :id AND status IN ('pending', 'sending')
+        """,
+        [{"id": endpoint_id, "now": now} for endpoint_id in endpoint_ids],
+    )
+
+
+async def _get(tx: Transaction, tenant: str, endpoint_id: str) -> Endpoint | None:
+    rows = await tx.fetch(
+        "SELECT * FROM endpoints WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL",
+        id=endpoint_id,
+        tenant=tenant,
+    )
+    return read_endpoint(rows[0]) if rows else None
+
+
+def read_endpoint(row: Row) -> Endpoint:
+    values = dict(row)
+    return Endpoint(**{**values, **{name: json.loads(values[name]) for name in _JSON}})
+
+
+def _values(endpoint: Endpoint) -> dict[str, Any]:
+    values = asdict(replace(endpoint, headers=dict(endpoint.headers), metadata=dict(endpoint.metadata)))
+    return {**values, **{name: json.dumps(values[name]) for name in _JSON}}

@@ -1,0 +1,308 @@
+"""Generations at rest."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from relay.errors import Conflict, Invalid
+from relay.generation import FINAL, Generation, LearnedBy, Status, Update
+from relay.store.database import Database, Row, Transaction
+from relay.store.filters import where
+from relay.store.idempotency import Idempotency, created_before, remember
+
+_UPDATE = TypeAdapter(Update)
+_FINAL = ", ".join(f"'{status}'" for status in sorted(FINAL))
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A wish to watch a job."""
+
+    generation: Generation
+    idempotency: Idempotency | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What became of the wish: the generation, None when it is gone; the error when the wish is refused."""
+
+    generation: Generation | None
+    created: bool
+    error: Invalid | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """A callback for a generation; `job_id` is what it claims, if anything."""
+
+    generation_id: str
+    job_id: str | None
+
+
+class Generations:
+    """Every statement about generations but those that announce their ends; a method is a transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    async def create(self, wishes: Sequence[Watch]) -> Sequence[Watched]:
+        """Begins to watch each job that is not yet watched; durable when it returns."""
+        async with self._db.write() as tx:
+            return [await self._create(tx, wish) for wish in wishes]
+
+    async def _create(self, tx: Transaction, wish: Watch) -> Watched:
+        new = wish.generation
+        try:
+            before = await created_before(tx, new.tenant, wish.idempotency)
+        except Invalid as error:
+            return Watched(None, created=False, error=error)
+        if before is not None:
+            return Watched(await _get(tx, new.tenant, before[0]), created=before[1] == 201)
+        created = (
+            await tx.execute(
+                """
+            INSERT INTO generations (
+                id, tenant, account, provider, job_id, status, metadata, callback_url, awaits_callback,
+                late, created_at, deadline_at, due_at, asks, errors, missing, version
+            ) VALUES (
+                :id, :tenant, :account, :provider, :job_id, :status, :metadata, :callback_url,
+                :awaits_callback, 0, :created_at, :deadline_at, :due_at, 0, 0, 0, 0
+            )
+            ON CONFLICT (tenant, account, job_id) DO NOTHING
+            """,
+                id=new.id,
+                tenant=new.tenant,
+                account=new.account,
+                provider=new.provider,
+                job_id=new.job_id,
+                status=new.status.value,
+                metadata=json.dumps(new.metadata),
+                callback_url=new.callback_url,
+                awaits_callback=int(new.awaits_callback),
+                created_at=new.created_at,
+                deadline_at=new.deadline_at,
+                due_at=new.due_at,
+            )
+            > 0
+        )
+        found = new if created else await _by_job(tx, new)
+        await remember(
+            tx,
+            new.tenant,
+            wish.idempotency,
+            resource_id=found.id,
+            status=201 if created else 200,
+            now=new.created_at,
+        )
+        return Watched(found, created=created)
+
+    async def get(self, tenant: str, generation_id: str) -> Generation | None:
+        async with self._db.read() as tx:
+            return await _get(tx, tenant, generation_id)
+
+    async def get_many(self, ids: Sequence[str]) -> Sequence[Generation]:
+        """Those of the ids that exist, whoever's they are."""
+        async with self._db.read() as tx:
+            return [
+                _read(row) for row in await tx.fetch("SELECT * FROM generations WHERE id IN (:ids)", ids=ids)
+            ]
+
+    async def page(
+        self, tenant: str, filters: Mapping[str, Any], *, limit: int, cursor: str | None
+    ) -> Sequence[Generation]:
+        """Newest first, those after the id `cursor`.
+
+        `filters`: account, provider, job_id, status; since and until on the time of creation.
+        """
+        condition = where(filters, equal=("account", "provider", "job_id", "status"), time="created_at")
+        async with self._db.read() as tx:
+            rows = await tx.fetch(
+                f"""
+                SELECT * FROM generations
+                WHERE tenant = :tenant AND (:cursor IS NULL OR id < :cursor) {condition}
+                ORDER BY id DESC LIMIT :limit
+                """,
+                tenant=tenant,
+                cursor=cursor,
+                limit=limit,
+                **filters,
+            )
+        return [_read(row) for row in rows]
+
+    async def describe(self, tenant: str, generation_id: str, metadata: Mapping[str, Any]) -> None:
+        """Replaces the metadata."""
+        async with self._db.write() as tx:
+            await tx.execute(
+                "UPDATE generations SET metadata = :metadata WHERE id = :id AND tenant = :tenant",
+                id=generation_id,
+                tenant=tenant,
+                metadata=json.dumps(metadata),
+            )
+
+    async def name_job(self, generation: Generation, job_id: str, *, due_at: int | None) -> None:
+        """Ties a generation to the job it watches, and says when to ask about it.
+
+        Raises Conflict when it has another job already, or another generation has this one.
+        """
+        async with self._db.write() as tx:
+            named = await tx.execute(
+                f"""
+                UPDATE generations
+                SET job_id = :job_id, claimed_job_id = NULL,
+                    due_at = CASE WHEN status IN ({_FINAL}) THEN NULL ELSE COALESCE(:due_at, due_at) END
+                WHERE id = :id AND (job_id IS NULL OR job_id = :job_id) AND NOT EXISTS (
+                    SELECT 1 FROM generations AS other
+                    WHERE other.tenant = :tenant AND other.account = :account AND other.job_id = :job_id
+                        AND other.id <> :id
+                )
+                """,
+                id=generation.id,
+                tenant=generation.tenant,
+                account=generation.account,
+                job_id=job_id,
+                due_at=due_at,
+            )
+        if not named:
+            raise Conflict("this generation has another job, or another generation watches this job")
+
+    async def delete(self, tenant: str, generation_id: str) -> bool:
+        """Stops watching; the events that were announced stay."""
+        async with self._db.write() as tx:
+            deleted = await tx.execute(
+                "DELETE FROM generations WHERE id = :id AND tenant = :tenant", id=generation_id, tenant=tenant
+            )
+        return deleted > 0
+
+    async def hint(self, hints: Sequence[Hint], *, now: int) -> None:
+        """Makes generations due now, or a second after the last ask.
+
+        An ask in flight loses its lease: it may have seen less than the callback knows.
+        """
+        async with self._db.write() as tx:
+            await tx.execute_many(
+                f"""
+                UPDATE generations
+                SET due_at = CASE WHEN asked_at + 1000 > :now THEN asked_at + 1000 ELSE :now END,
+                    lease = NULL, hint_asks = 0,
+                    claimed_job_id = CASE WHEN job_id IS NULL THEN :job_id ELSE NULL END
+                WHERE id = :id AND status NOT IN ({_FINAL}) AND (job_id IS NOT NULL OR :job_id IS NOT NULL)
+                """,
+                [{"id": hint.generation_id, "job_id": hint.job_id, "now": now} for hint in hints],
+            )
+
+    async def drop_claim(self, generation_id: str) -> None:
+        """Forgets the job id that a callback claimed: the provider knows no such job."""
+        async with self._db.write() as tx:
+            await tx.execute(
+                "UPDATE generations SET claimed_job_id = NULL, hint_asks = NULL WHERE id = :id",
+                id=generation_id,
+            )
+
+    async def claim(self, *, now: int, limit: int, lease: str, lease_until: int) -> Sequence[Generation]:
+        """Takes up to `limit` generations that are due. A crashed claim comes due at `lease_until`."""
+        async with self._db.write() as tx:
+            taken = await tx.execute(
+                f"""
+                WITH due AS (
+                    SELECT id FROM generations WHERE due_at <= :now
+                    ORDER BY due_at LIMIT :limit {self._db.skip_locked}
+                )
+                UPDATE generations SET due_at = :lease_until, lease = :lease
+                FROM due WHERE generations.id = due.id
+                """,
+                now=now,
+                limit=limit,
+                lease=lease,
+                lease_until=lease_until,
+            )
+            if not taken:
+                return []
+            rows = await tx.fetch(
+                "SELECT * FROM generations WHERE due_at = :lease_until AND lease = :lease",
+                lease=lease,
+                lease_until=lease_until,
+            )
+        return [_read(row) for row in rows]
+
+    async def postpone(self, later: Sequence[tuple[Generation, int]]) -> None:
+        """Gives claimed generations back, each due at its time, as if they had not been claimed."""
+        if not later:
+            return
+        async with self._db.write() as tx:
+            await tx.execute_many(
+                """
+                UPDATE generations SET due_at = :due_at, lease = NULL
+                WHERE id = :id AND lease = :lease AND due_at IS NOT NULL
+                """,
+                [{"id": one.id, "lease": one.lease, "due_at": due_at} for one, due_at in later],
+            )
+
+    async def recover(self, *, now: int) -> int:
+        """Makes what a stopped relay was asking about due now; only for a database no other relay uses."""
+        async with self._db.write() as tx:
+            return await tx.execute(
+                """
+                UPDATE generations SET due_at = :now, lease = NULL
+                WHERE lease IS NOT NULL AND due_at > :now
+                """,
+                now=now,
+            )
+
+    async def claim_one(self, generation_id: str, *, lease: str, lease_until: int) -> Generation | None:
+        """Takes one generation whether it is due or not; None when nothing can be asked about it any more."""
+        async with self._db.write() as tx:
+            taken = await tx.execute(
+                f"""
+                UPDATE generations SET due_at = :lease_until, lease = :lease
+                WHERE id = :id AND status NOT IN ({_FINAL})
+                """,
+                id=generation_id,
+                lease=lease,
+                lease_until=lease_until,
+            )
+            if not taken:
+                return None
+            rows = await tx.fetch("SELECT * FROM generations WHERE id = :id", id=generation_id)
+        return _read(rows[0])
+
+
+def write_update(update: Update | None) -> str | None:
+    return json.dumps(asdict(update)) if update is not None else None
+
+
+async def _get(tx: Transaction, tenant: str, generation_id: str) -> Generation | None:
+    rows = await tx.fetch(
+        "SELECT * FROM generations WHERE id = :id AND tenant = :tenant", id=generation_id, tenant=tenant
+    )
+    return _read(rows[0]) if rows else None
+
+
+async def _by_job(tx: Transaction, new: Generation) -> Generation:
+    rows = await tx.fetch(
+        "SELECT * FROM generations WHERE tenant = :tenant AND account = :account AND job_id = :job_id",
+        tenant=new.tenant,
+        account=new.account,
+        job_id=new.job_id,
+    )
+    return _read(rows[0])
+
+
+def _read(row: Row) -> Generation:
+    values = dict(row)
+    del values["event_id"]
+    answer = values.pop("answer")
+    learned_by = values["learned_by"]
+    return Generation(
+        **{
+            **values,
+            "status": Status(values["status"]),
+            "metadata": json.loads(values["metadata"]),
+            "awaits_callback": bool(values["awaits_callback"]),
+            "late": bool(values["late"]),
+            "learned_by": LearnedBy(learned_by) if learned_by else None,
+            "update": _UPDATE.validate_python(json.loads(answer)) if answer is not None else None,
+        }
+    )

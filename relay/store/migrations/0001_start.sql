@@ -1,0 +1,139 @@
+-- Times are unix milliseconds, ids are time-ordered text, JSON is text, a flag is a nullable time.
+-- Rows carry their tenant.
+
+CREATE TABLE tenants (
+    id TEXT PRIMARY KEY,
+    signing_secret TEXT NOT NULL,
+    created_at BIGINT NOT NULL
+);
+
+CREATE TABLE keys (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    hash TEXT NOT NULL,
+    created_at BIGINT NOT NULL,
+    CONSTRAINT keys_are_known_by_their_hash UNIQUE (hash)
+);
+
+CREATE TABLE endpoints (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    url TEXT NOT NULL,
+    description TEXT,
+    event_types TEXT NOT NULL,
+    accounts TEXT NOT NULL,
+    headers TEXT NOT NULL,
+    metadata TEXT NOT NULL,
+    secret TEXT NOT NULL,
+    previous_secret TEXT,
+    previous_secret_expires_at BIGINT,
+    disabled_at BIGINT,
+    disabled_reason TEXT,
+    deleted_at BIGINT,
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    CONSTRAINT disabled_endpoints_have_a_reason CHECK ((disabled_at IS NULL) = (disabled_reason IS NULL)),
+    CONSTRAINT previous_secrets_expire
+        CHECK ((previous_secret IS NULL) = (previous_secret_expires_at IS NULL))
+);
+CREATE INDEX endpoints_in_use ON endpoints (tenant, id) WHERE deleted_at IS NULL;
+
+CREATE TABLE generations (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    account TEXT NOT NULL,
+    provider TEXT NOT NULL,
+    job_id TEXT,
+    claimed_job_id TEXT,
+    status TEXT NOT NULL,
+    metadata TEXT NOT NULL,
+    callback_url TEXT,
+    awaits_callback BIGINT NOT NULL,
+    answer TEXT,
+    known_at BIGINT,
+    late BIGINT NOT NULL,
+    learned_by TEXT,
+    event_id TEXT,
+    created_at BIGINT NOT NULL,
+    deadline_at BIGINT NOT NULL,
+    due_at BIGINT,
+    lease TEXT,
+    asked_at BIGINT,
+    asks BIGINT NOT NULL,
+    errors BIGINT NOT NULL,
+    missing BIGINT NOT NULL,
+    hint_asks BIGINT,
+    last_error TEXT,
+    version BIGINT NOT NULL,
+    CONSTRAINT generation_status_is_known
+        CHECK (status IN ('queued', 'processing', 'completed', 'failed', 'canceled', 'timed_out')),
+    CONSTRAINT only_unfinished_generations_are_polled
+        CHECK (due_at IS NULL OR status IN ('queued', 'processing', 'timed_out')),
+    CONSTRAINT open_generations_are_due
+        CHECK (due_at IS NOT NULL OR status NOT IN ('queued', 'processing')),
+    CONSTRAINT ended_generations_are_known_since
+        CHECK ((known_at IS NULL) = (status IN ('queued', 'processing'))),
+    CONSTRAINT a_job_is_watched_once UNIQUE (tenant, account, job_id)
+);
+CREATE INDEX generations_due ON generations (due_at) WHERE due_at IS NOT NULL;
+
+CREATE TABLE events (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    type TEXT NOT NULL,
+    generation_id TEXT,
+    account TEXT,
+    ending TEXT,
+    body BYTEA NOT NULL,
+    created_at BIGINT NOT NULL,
+    CONSTRAINT each_ending_is_announced_once UNIQUE (generation_id, ending)
+);
+
+CREATE TABLE deliveries (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    event_id TEXT NOT NULL REFERENCES events (id),
+    endpoint_id TEXT,
+    callback_url TEXT,
+    status TEXT NOT NULL,
+    attempts BIGINT NOT NULL,
+    run_attempts BIGINT NOT NULL,
+    next_trigger TEXT NOT NULL,
+    due_at BIGINT,
+    lease TEXT,
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    CONSTRAINT delivery_status_is_known
+        CHECK (status IN ('pending', 'sending', 'delivered', 'failed', 'canceled')),
+    CONSTRAINT deliveries_have_one_destination CHECK ((endpoint_id IS NULL) <> (callback_url IS NULL)),
+    CONSTRAINT open_deliveries_are_due CHECK ((status IN ('pending', 'sending')) = (due_at IS NOT NULL)),
+    CONSTRAINT sending_deliveries_are_leased CHECK (status <> 'sending' OR lease IS NOT NULL),
+    CONSTRAINT an_event_goes_to_an_endpoint_once UNIQUE (event_id, endpoint_id)
+);
+CREATE INDEX deliveries_due ON deliveries (due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX deliveries_of_an_endpoint ON deliveries (endpoint_id, id);
+
+CREATE TABLE attempts (
+    id TEXT PRIMARY KEY,
+    delivery_id TEXT NOT NULL REFERENCES deliveries (id),
+    number BIGINT NOT NULL,
+    started_at BIGINT NOT NULL,
+    duration_ms BIGINT NOT NULL,
+    reason TEXT NOT NULL,
+    response_status BIGINT,
+    response_body TEXT,
+    error_code TEXT,
+    error_message TEXT,
+    CONSTRAINT attempts_are_numbered UNIQUE (delivery_id, number)
+);
+
+CREATE TABLE idempotency_keys (
+    tenant TEXT NOT NULL,
+    key TEXT NOT NULL,
+    request_hash TEXT NOT NULL,
+    resource_id TEXT NOT NULL,
+    status BIGINT NOT NULL,
+    created_at BIGINT NOT NULL,
+    PRIMARY KEY (tenant, key)
+);

@@ -1,0 +1,78 @@
+"""What may go: only what has ended, is old enough, and is no longer on its way."""
+
+from relay.ids import first_id
+from relay.store.database import Database
+
+
+class Retention:
+    """Removal in batches; each method is one transaction and returns how many rows it removed."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    async def remove_attempts(self, *, before: int, limit: int) -> int:
+        """Attempts of finished deliveries that began before `before`."""
+        async with self._db.write() as tx:
+            return await tx.execute(
+                """
+                DELETE FROM attempts WHERE id IN (
+                    SELECT a.id FROM attempts a JOIN deliveries d ON d.id = a.delivery_id
+                    WHERE a.id < :before AND d.due_at IS NULL ORDER BY a.id LIMIT :limit
+                )
+                """,
+                before=first_id("att", before),
+                limit=limit,
+            )
+
+    async def remove_events(self, *, before: int, limit: int) -> int:
+        """Events older than `before` with no open delivery, with their deliveries and attempts."""
+        async with self._db.write() as tx:
+            rows = await tx.fetch(
+                """
+                SELECT id FROM events WHERE id < :before AND NOT EXISTS (
+                    SELECT 1 FROM deliveries d WHERE d.event_id = events.id AND d.due_at IS NOT NULL
+                ) ORDER BY id LIMIT :limit
+                """,
+                before=first_id("evt", before),
+                limit=limit,
+            )
+            gone = [{"id": row["id"]} for row in rows]
+            await tx.execute_many(
+                """
+                DELETE FROM attempts WHERE delivery_id IN (SELECT id FROM deliveries WHERE event_id = :id)
+                """,
+                gone,
+            )
+            await tx.execute_many("DELETE FROM deliveries WHERE event_id = :id", gone)
+            await tx.execute_many("DELETE FROM events WHERE id = :id", gone)
+        return len(gone)
+
+    async def remove_generations(self, *, before: int, limit: int) -> int:
+        """Generations that ended before `before` and have nothing left to be asked or told."""
+        async with self._db.write() as tx:
+            return await tx.execute(
+                """
+                DELETE FROM generations WHERE id IN (
+                    SELECT id FROM generations
+                    WHERE id < :before_id AND known_at < :before AND due_at IS NULL AND NOT EXISTS (
+                        SELECT 1 FROM events WHERE events.generation_id = generations.id
+                    ) LIMIT :limit
+                )
+                """,
+                before=before,
+                before_id=first_id("gen", before),
+                limit=limit,
+            )
+
+    async def remove_idempotency_keys(self, *, before: int, limit: int) -> int:
+        """Idempotency keys that were used before `before`."""
+        async with self._db.write() as tx:
+            return await tx.execute(
+                """
+                DELETE FROM idempotency_keys WHERE key IN (
+                    SELECT key FROM idempotency_keys WHERE created_at < :before LIMIT :limit
+                ) AND created_at < :before
+                """,
+                before=before,
+                limit=limit,
+            )

@@ -1,0 +1,56 @@
+"""Tenants and their API keys at rest."""
+
+from relay.store.database import Database
+
+DEFAULT = "default"
+
+
+class Tenants:
+    """Every statement about tenants and keys; each method is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    async def found(self, tenant: str, signing_secret: str, *, now: int) -> None:
+        """Creates the tenant when it is not there yet."""
+        async with self._db.write() as tx:
+            await tx.execute(
+                """
+                INSERT INTO tenants (id, signing_secret, created_at) VALUES (:id, :secret, :now)
+                ON CONFLICT DO NOTHING
+                """,
+                id=tenant,
+                secret=signing_secret,
+                now=now,
+            )
+
+    async def signing_secret(self, tenant: str) -> str:
+        """What deliveries to a generation's `callback_url` are signed with."""
+        async with self._db.read() as tx:
+            rows = await tx.fetch("SELECT signing_secret FROM tenants WHERE id = :id", id=tenant)
+        return str(rows[0]["signing_secret"])
+
+    async def has_keys(self) -> bool:
+        async with self._db.read() as tx:
+            return bool(await tx.fetch("SELECT id FROM keys LIMIT 1"))
+
+    async def add_key(self, key_id: str, tenant: str, name: str, hash_: str, *, now: int) -> None:
+        """Stores the hash of a key; the key itself is nowhere."""
+        async with self._db.write() as tx:
+            await tx.execute(
+                """
+                INSERT INTO keys (id, tenant, name, hash, created_at)
+                VALUES (:id, :tenant, :name, :hash, :now)
+                """,
+                id=key_id,
+                tenant=tenant,
+                name=name,
+                hash=hash_,
+                now=now,
+            )
+
+    async def key_tenant(self, hash_: str) -> str | None:
+        """The tenant of the key with this hash."""
+        async with self._db.read() as tx:
+            rows = await tx.fetch("SELECT tenant FROM keys WHERE hash = :hash", hash=hash_)
+        return str(rows[0]["tenant"]) if rows else None

@@ -1,0 +1,1 @@
+"""HTTP in, verbs called, HTTP out."""

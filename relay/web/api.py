@@ -1,0 +1,586 @@
+"""The API: every operation, and the table of them all."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import httpx
+
+from relay import event, signature
+from relay.body import parse
+from relay.endpoint import Endpoint, canonical_url
+from relay.errors import Conflict, FieldError, Invalid, NotFound
+from relay.event import Event
+from relay.generation import Generation, Status
+from relay.ids import new_id
+from relay.schedule import first_ask
+from relay.store.deliveries import Attempt, Delivery
+from relay.store.generations import Watch
+from relay.times import rfc3339
+from relay.web import resources as r
+from relay.web.context import Relay
+from relay.web.operation import Call, Operation, Result
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
+    now = call.relay.now()
+    body = call.body
+    endpoint = Endpoint(
+        id=new_id("ep", now),
+        tenant=call.tenant,
+        url=_url(call.relay, "url", body.url),
+        secret=body.secret or signature.new_secret(),
+        created_at=now,
+        updated_at=now,
+        description=body.description,
+        event_types=body.event_types or (),
+        accounts=_known_accounts(call.relay, body.accounts),
+        headers=body.headers or {},
+        metadata=body.metadata or {},
+    )
+    created = await call.relay.store.endpoints.create(endpoint, call.idempotency)
+    if created is None:
+        raise Conflict("what this Idempotency-Key created is gone")
+    return Result(201, r.EndpointWithSecret.of(created))
+
+
+async def list_endpoints(call: Call[None, r.PageQuery]) -> Result:
+    found = await call.relay.store.endpoints.page(
+        call.tenant, limit=call.query.limit + 1, cursor=call.query.cursor
+    )
+    return _page(found, call.query, r.EndpointResource.of)
+
+
+async def get_endpoint(call: Call[Any, None]) -> Result:
+    return Result(200, r.EndpointResource.of(await _endpoint(call)))
+
+
+async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
+    endpoint, given = await _endpoint(call), call.body.model_dump(exclude_unset=True)
+    if "url" in given:
+        given["url"] = _url(call.relay, "url", given["url"])
+        # Headers may hold a secret of the old host: they do not follow to another one.
+        if "headers" not in given and httpx.URL(given["url"]).host != httpx.URL(endpoint.url).host:
+            given["headers"] = {}
+    if "accounts" in given:
+        given["accounts"] = _known_accounts(call.relay, given["accounts"])
+    given |= {name: () for name in ("event_types", "accounts") if name in given and given[name] is None}
+    given |= {name: {} for name in ("headers", "metadata") if name in given and given[name] is None}
+    changed = replace(endpoint, **given, updated_at=call.relay.now())
+    await call.relay.store.endpoints.change(changed)
+    return Result(200, r.EndpointResource.of(changed))
+
+
+async def delete_endpoint(call: Call[None, None]) -> Result:
+    endpoint = await _endpoint(call)
+    await call.relay.store.endpoints.delete(call.tenant, endpoint.id, now=call.relay.now())
+    return Result(204)
+
+
+async def enable_endpoint(call: Call[None, None]) -> Result:
+    endpoint = await _endpoint(call)
+    await call.relay.store.endpoints.enable(call.tenant, endpoint.id, now=call.relay.now())
+    return await get_endpoint(call)
+
+
+async def disable_endpoint(call: Call[None, None]) -> Result:
+    endpoint = await _endpoint(call)
+    await call.relay.store.endpoints.disable(
+        call.tenant, endpoint.id, reason="disabled by its owner", now=call.relay.now()
+    )
+    return await get_endpoint(call)
+
+
+async def test_endpoint(call: Call[None, None]) -> Result:
+    relay, endpoint = call.relay, await _endpoint(call)
+    if endpoint.disabled_at is not None:
+        raise Conflict("this endpoint is disabled: enable it first")
+    now = relay.now()
+    made = event.test(call.tenant, endpoint.id, now=now)
+    delivery_id, claimed = await relay.store.events.send(made, endpoint, relay.deliverer.handoff(), now=now)
+    relay.deliverer.accept(claimed)
+    return Result(202, _delivery(await _get_delivery(relay, call.tenant, delivery_id)))
+
+
+async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
+    endpoint, now = await _endpoint(call), call.relay.now()
+    secret = call.body.secret or signature.new_secret()
+    expires_at = now + call.body.overlap_seconds * 1000
+    changed = replace(
+        endpoint,
+        secret=secret,
+        previous_secret=endpoint.secret,
+        previous_secret_expires_at=expires_at,
+        updated_at=now,
+    )
+    await call.relay.store.endpoints.change(changed)
+    return Result(200, r.SecretResource(secret=secret, previous_secret_expires_at=rfc3339(expires_at)))
+
+
+async def get_secret(call: Call[None, None]) -> Result:
+    endpoint = await _endpoint(call)
+    expires_at = endpoint.previous_secret_expires_at or 0
+    overlaps = expires_at > call.relay.now()
+    return Result(
+        200,
+        r.SecretResource(
+            secret=endpoint.secret, previous_secret_expires_at=rfc3339(expires_at) if overlaps else None
+        ),
+    )
+
+
+async def get_signing_secret(call: Call[None, None]) -> Result:
+    return Result(200, r.SecretResource(secret=await call.relay.store.tenants.signing_secret(call.tenant)))
+
+
+async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
+    relay, body, now = call.relay, call.body, call.relay.now()
+    account = relay.accounts.get(body.account)
+    if account is None:
+        raise Invalid(FieldError("account", f"there is no account {body.account!r} in the configuration"))
+    if body.job_id is None and not account.provider.calls_back:
+        raise Invalid(
+            FieldError("job_id", f"is required: {account.provider.name} does not call back, it is polled")
+        )
+    timeout = account.pace.timeout
+    if body.timeout_seconds is not None:
+        timeout = math.ceil(body.timeout_seconds * 1000)
+    awaits_callback = body.job_id is None
+    generation = Generation(
+        id=new_id("gen", now),
+        tenant=call.tenant,
+        account=account.name,
+        provider=account.provider.name,
+        job_id=body.job_id,
+        status=Status.QUEUED,
+        created_at=now,
+        deadline_at=now + timeout,
+        due_at=first_ask(
+            account.pace,
+            now=now,
+            deadline_at=now + timeout,
+            job_known=body.job_id is not None,
+            awaits_callback=awaits_callback,
+        ),
+        metadata=body.metadata or {},
+        callback_url=_url(relay, "callback_url", body.callback_url)
+        if body.callback_url is not None
+        else None,
+        awaits_callback=awaits_callback,
+    )
+    watched = await relay.watch(Watch(generation, call.idempotency))
+    if watched.error is not None:
+        raise watched.error
+    if watched.generation is None:
+        raise Conflict("what this Idempotency-Key created is gone")
+    return Result(201 if watched.created else 200, _generation(relay, watched.generation))
+
+
+async def list_generations(call: Call[None, r.GenerationQuery]) -> Result:
+    found = await call.relay.store.generations.page(
+        call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
+    )
+    return _page(found, call.query, lambda one: _generation(call.relay, one))
+
+
+async def get_generation(call: Call[Any, None]) -> Result:
+    return Result(200, _generation(call.relay, await _get_generation(call)))
+
+
+async def change_generation(call: Call[r.GenerationChange, None]) -> Result:
+    relay, generation = call.relay, await _get_generation(call)
+    if call.body.job_id is not None and call.body.job_id != generation.job_id:
+        account, due_at = relay.accounts.get(generation.account), None
+        if account is not None and not generation.ended:
+            due_at = first_ask(
+                account.pace,
+                now=relay.now(),
+                deadline_at=generation.deadline_at,
+                job_known=True,
+                awaits_callback=generation.awaits_callback,
+            )
+        await relay.store.generations.name_job(generation, call.body.job_id, due_at=due_at)
+    if call.body.metadata is not None:
+        await relay.store.generations.describe(call.tenant, generation.id, call.body.metadata)
+    return await get_generation(call)
+
+
+async def delete_generation(call: Call[None, None]) -> Result:
+    if not await call.relay.store.generations.delete(call.tenant, call.path["id"]):
+        raise NotFound(f"no generation {call.path['id']}")
+    return Result(204)
+
+
+async def refresh_generation(call: Call[None, None]) -> Result:
+    refreshed = await call.relay.poller.refresh(await _get_generation(call))
+    if refreshed is None:
+        raise NotFound(f"no generation {call.path['id']}")
+    return await get_generation(call)
+
+
+async def wait_for_generation(call: Call[None, r.WaitQuery]) -> Result:
+    found = await call.relay.ingest.ended(call.tenant, call.path["id"], timeout=call.query.timeout)
+    if found is None:
+        raise NotFound(f"no generation {call.path['id']}")
+    return Result(200, _generation(call.relay, found))
+
+
+async def list_events(call: Call[None, r.EventQuery]) -> Result:
+    found = await call.relay.store.events.page(
+        call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
+    )
+    return _page(found, call.query, _event)
+
+
+async def get_event(call: Call[None, None]) -> Result:
+    found = await call.relay.store.events.get(call.tenant, call.path["id"])
+    if found is None:
+        raise NotFound(f"no event {call.path['id']}")
+    return Result(200, _event(found))
+
+
+async def list_deliveries(call: Call[None, r.DeliveryQuery]) -> Result:
+    found = await call.relay.store.deliveries.page(
+        call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
+    )
+    return _page(found, call.query, _delivery)
+
+
+async def get_delivery(call: Call[None, None]) -> Result:
+    found = await _get_delivery(call.relay, call.tenant, call.path["id"])
+    attempts = await call.relay.store.deliveries.attempts(found.id)
+    return Result(200, _delivery_with_attempts(found, attempts))
+
+
+async def replay_delivery(call: Call[None, None]) -> Result:
+    await call.relay.store.deliveries.replay(call.tenant, call.path["id"], now=call.relay.now())
+    call.relay.deliverer.wake()
+    return Result(202, _delivery(await _get_delivery(call.relay, call.tenant, call.path["id"])))
+
+
+async def list_accounts(call: Call[None, r.PageQuery]) -> Result:
+    names = sorted(name for name in call.relay.accounts if name > (call.query.cursor or ""))
+    page, more = names[: call.query.limit], len(names) > call.query.limit
+    data = [_account(call.relay, name) for name in page]
+    return Result(200, r.Page[r.AccountResource](data=data, next_cursor=page[-1] if more else None))
+
+
+def _url(relay: Relay, field: str, url: str) -> str:
+    network = relay.settings.network
+    try:
+        return canonical_url(url, allow_http=network.allow_http, allow=network.allow)
+    except ValueError as error:
+        raise Invalid(FieldError(field, str(error))) from error
+
+
+def _known_accounts(relay: Relay, names: Sequence[str] | None) -> Sequence[str]:
+    for name in names or ():
+        if name not in relay.accounts:
+            raise Invalid(FieldError("accounts", f"there is no account {name!r} in the configuration"))
+    return names or ()
+
+
+async def _endpoint(call: Call[Any, Any]) -> Endpoint:
+    found = await call.relay.store.endpoints.get(call.tenant, call.path["id"])
+    if found is None:
+        raise NotFound(f"no endpoint {call.path['id']}")
+    return found
+
+
+async def _get_generation(call: Call[Any, Any]) -> Generation:
+    found = await call.relay.store.generations.get(call.tenant, call.path["id"])
+    if found is None:
+        raise NotFound(f"no generation {call.path['id']}")
+    return found
+
+
+async def _get_delivery(relay: Relay, tenant: str, delivery_id: str) -> Delivery:
+    found = await relay.store.deliveries.get(tenant, delivery_id)
+    if found is None:
+        raise NotFound(f"no delivery {delivery_id}")
+    return found
+
+
+def _page(found: Sequence[T], query: r.PageQuery, render: Callable[[T], R]) -> Result:
+    """`found` holds one more than was asked for when there is more."""
+    more = len(found) > query.limit
+    page = [render(one) for one in found[: query.limit]]
+    last = getattr(page[-1], "id", None) if page else None
+    return Result(200, r.Page[Any](data=page, next_cursor=last if more else None))
+
+
+def _generation(relay: Relay, one: Generation) -> r.GenerationResource:
+    account = relay.accounts.get(one.account)
+    calls_back = account is not None and account.provider.calls_back
+    return r.GenerationResource.of(one, relay.callbacks.url(one.account, one.id) if calls_back else None)
+
+
+def _event(one: Event) -> r.EventResource:
+    body = parse(one.body)
+    return r.EventResource(
+        id=one.id,
+        type=one.type,
+        timestamp=body["timestamp"],
+        data=body["data"],
+        generation_id=one.generation_id,
+        account=one.account,
+        created_at=rfc3339(one.created_at),
+    )
+
+
+def _delivery(one: Delivery) -> r.DeliveryResource:
+    return r.DeliveryResource(**_delivery_fields(one))
+
+
+def _delivery_with_attempts(one: Delivery, attempts: Sequence[Attempt]) -> r.DeliveryWithAttempts:
+    return r.DeliveryWithAttempts(
+        **_delivery_fields(one),
+        attempts=[
+            r.AttemptResource(
+                id=attempt.id,
+                number=attempt.number,
+                started_at=rfc3339(attempt.started_at),
+                duration_ms=attempt.duration_ms,
+                trigger=attempt.trigger,
+                response_status=attempt.response_status,
+                response_body=attempt.response_body,
+                error=r.AttemptError(code=attempt.error_code, message=attempt.error_message or "")
+                if attempt.error_code
+                else None,
+            )
+            for attempt in attempts
+        ],
+    )
+
+
+def _delivery_fields(one: Delivery) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "event_id": one.event_id,
+        "event_type": one.event_type,
+        "generation_id": one.generation_id,
+        "endpoint_id": one.endpoint_id,
+        "url": one.url,
+        "status": one.status,
+        "attempt_count": one.attempts,
+        "next_attempt_at": rfc3339(one.due_at) if one.due_at is not None else None,
+        "created_at": rfc3339(one.created_at),
+        "updated_at": rfc3339(one.updated_at),
+    }
+
+
+def _account(relay: Relay, name: str) -> r.AccountResource:
+    account, health = relay.accounts[name], relay.poller.health[name]
+    return r.AccountResource(
+        name=name,
+        provider=account.provider.name,
+        status=health.status,
+        base_url=account.base_url,
+        calls_back=account.provider.calls_back,
+        budget=r.BudgetResource(requests_per_minute=account.requests_per_minute),
+        last_error=health.last_error,
+        last_error_at=rfc3339(health.last_error_at) if health.last_error_at is not None else None,
+    )
+
+
+_FOUND = {200: "Found", 404: "There is no such thing"}
+_ENDPOINT = {"url": "https://hooks.example.com/relay", "event_types": ["generation.completed"]}
+_GENERATION = {"account": "pixellabs", "job_id": "gen_8f7b2c9a1e3d", "metadata": {"order": 42}}
+
+OPERATIONS = (
+    Operation(
+        "POST",
+        "/v1/endpoints",
+        "Register a URL",
+        create_endpoint,
+        r.EndpointWithSecret,
+        {201: "Registered; the secret is shown here and by GET …/secret only"},
+        body=r.EndpointCreate,
+        creates=True,
+        example=_ENDPOINT,
+    ),
+    Operation(
+        "GET",
+        "/v1/endpoints",
+        "List endpoints",
+        list_endpoints,
+        r.Page[r.EndpointResource],
+        {200: "A page"},
+        query=r.PageQuery,
+    ),
+    Operation("GET", "/v1/endpoints/{id}", "Show an endpoint", get_endpoint, r.EndpointResource, _FOUND),
+    Operation(
+        "PATCH",
+        "/v1/endpoints/{id}",
+        "Change an endpoint",
+        change_endpoint,
+        r.EndpointResource,
+        {200: "Changed", 404: _FOUND[404]},
+        body=r.EndpointChange,
+        example={"description": "orders"},
+    ),
+    Operation(
+        "DELETE",
+        "/v1/endpoints/{id}",
+        "Delete an endpoint; its open deliveries are canceled",
+        delete_endpoint,
+        None,
+        {204: "Deleted", 404: _FOUND[404]},
+    ),
+    Operation(
+        "POST",
+        "/v1/endpoints/{id}/enable",
+        "Enable an endpoint",
+        enable_endpoint,
+        r.EndpointResource,
+        {200: "Enabled", 404: _FOUND[404]},
+    ),
+    Operation(
+        "POST",
+        "/v1/endpoints/{id}/disable",
+        "Disable an endpoint; its open deliveries are canceled",
+        disable_endpoint,
+        r.EndpointResource,
+        {200: "Disabled", 404: _FOUND[404]},
+    ),
+    Operation(
+        "POST",
+        "/v1/endpoints/{id}/test",
+        "Send endpoint.test, once",
+        test_endpoint,
+        r.DeliveryResource,
+        {202: "On its way", 404: _FOUND[404], 409: "The endpoint is disabled"},
+    ),
+    Operation(
+        "POST",
+        "/v1/endpoints/{id}/secret/rotate",
+        "Give an endpoint a new secret; the old one signs too for a while",
+        rotate_secret,
+        r.SecretResource,
+        {200: "Rotated", 404: _FOUND[404]},
+        body=r.SecretRotate,
+        example={"overlap_seconds": 86400},
+    ),
+    Operation(
+        "GET",
+        "/v1/endpoints/{id}/secret",
+        "Show an endpoint's secret",
+        get_secret,
+        r.SecretResource,
+        _FOUND,
+    ),
+    Operation(
+        "GET",
+        "/v1/signing-secret",
+        "Show what deliveries to callback_url are signed with",
+        get_signing_secret,
+        r.SecretResource,
+        {200: "The secret"},
+    ),
+    Operation(
+        "POST",
+        "/v1/generations",
+        "Watch a generation",
+        create_generation,
+        r.GenerationResource,
+        {201: "Watched from now on", 200: "This account's job was already watched: here it is"},
+        body=r.GenerationCreate,
+        creates=True,
+        example=_GENERATION,
+    ),
+    Operation(
+        "GET",
+        "/v1/generations",
+        "List generations",
+        list_generations,
+        r.Page[r.GenerationResource],
+        {200: "A page"},
+        query=r.GenerationQuery,
+    ),
+    Operation(
+        "GET", "/v1/generations/{id}", "Show a generation", get_generation, r.GenerationResource, _FOUND
+    ),
+    Operation(
+        "PATCH",
+        "/v1/generations/{id}",
+        "Set a generation's job id or metadata",
+        change_generation,
+        r.GenerationResource,
+        {200: "Changed", 404: _FOUND[404], 409: "It has another job, or another generation has this one"},
+        body=r.GenerationChange,
+        example={"job_id": "4d82d040-4394-4371-867d-72ae1dd62b6d"},
+    ),
+    Operation(
+        "DELETE",
+        "/v1/generations/{id}",
+        "Stop watching a generation",
+        delete_generation,
+        None,
+        {204: "No longer watched", 404: _FOUND[404]},
+    ),
+    Operation(
+        "POST",
+        "/v1/generations/{id}/refresh",
+        "Ask the provider now; last_error tells when it could not be asked",
+        refresh_generation,
+        r.GenerationResource,
+        {200: "As it is now", 404: _FOUND[404], 409: "There is nothing to ask about yet"},
+    ),
+    Operation(
+        "GET",
+        "/v1/generations/{id}/wait",
+        "Answer when a generation has ended or the time is over",
+        wait_for_generation,
+        r.GenerationResource,
+        _FOUND,
+        query=r.WaitQuery,
+    ),
+    Operation(
+        "GET",
+        "/v1/events",
+        "List events",
+        list_events,
+        r.Page[r.EventResource],
+        {200: "A page"},
+        query=r.EventQuery,
+    ),
+    Operation("GET", "/v1/events/{id}", "Show an event", get_event, r.EventResource, _FOUND),
+    Operation(
+        "GET",
+        "/v1/deliveries",
+        "List deliveries",
+        list_deliveries,
+        r.Page[r.DeliveryResource],
+        {200: "A page"},
+        query=r.DeliveryQuery,
+    ),
+    Operation(
+        "GET",
+        "/v1/deliveries/{id}",
+        "Show a delivery and its attempts",
+        get_delivery,
+        r.DeliveryWithAttempts,
+        _FOUND,
+    ),
+    Operation(
+        "POST",
+        "/v1/deliveries/{id}/replay",
+        "Make a finished delivery pending again",
+        replay_delivery,
+        r.DeliveryResource,
+        {202: "Pending again", 404: _FOUND[404], 409: "It is not finished, or its endpoint takes nothing"},
+    ),
+    Operation(
+        "GET",
+        "/v1/accounts",
+        "List accounts and how they are",
+        list_accounts,
+        r.Page[r.AccountResource],
+        {200: "A page"},
+        query=r.PageQuery,
+    ),
+)

@@ -1,0 +1,256 @@
+"""The OpenAPI 3.1 document, made from the operations and their models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+from pydantic.json_schema import models_json_schema
+
+from relay import __version__
+from relay.event import ENDINGS, TEST
+from relay.web import resources as r
+from relay.web.operation import LARGEST_BODY, Operation
+
+_REF = "#/components/schemas/{model}"
+_PROBLEM = {
+    "type": "object",
+    "description": "RFC 9457",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["field", "message"],
+                "properties": {"field": {"type": "string"}, "message": {"type": "string"}},
+            },
+        },
+    },
+}
+_REFUSALS = {
+    400: "Malformed: not JSON, or the body did not arrive",
+    401: "No or bad key",
+    413: f"The body is larger than {LARGEST_BODY} bytes",
+    422: "Well-formed but invalid: `errors` names each field",
+    503: "Storage cannot accept: nothing was changed, try again after Retry-After",
+}
+_EXAMPLE = {
+    "id": "gen_01KKVHBCB0Q2VBV3N8S0WZ6T1D",
+    "provider": "pixellabs",
+    "account": "pixellabs",
+    "job_id": "gen_8f7b2c9a1e3d",
+    "status": "completed",
+    "provider_status": "completed",
+    "kind": "image",
+    "model": "synthetix-v2.1",
+    "progress": 1.0,
+    "outputs": [
+        {
+            "url": "https://cdn.pixellabsai.app/images/gen_8f7b2c9a1e3d.png",
+            "kind": "image",
+            "content_type": "image/png",
+            "width": None,
+            "height": None,
+            "expires_at": None,
+            "permanent_url": "https://arweave.net/abc123",
+        }
+    ],
+    "error": None,
+    "usage": {"credits": None},
+    "created_at": "2026-03-16T14:30:00.000Z",
+    "completed_at": "2026-03-16T14:30:12.000Z",
+    "duration_ms": 12000,
+    "late": False,
+    "learned_by": "poll",
+    "metadata": {"order": 42},
+    "raw": {"generationId": "gen_8f7b2c9a1e3d", "status": "completed"},
+}
+_SPOILED: Mapping[str, Mapping[str, Any]] = {
+    "completed": {},
+    "failed": {
+        "error": {
+            "code": "content_moderated",
+            "message": "the prompt was refused",
+            "retryable": False,
+            "provider_code": "content_moderated",
+        }
+    },
+    "canceled": {},
+    "timed_out": {
+        "learned_by": "deadline",
+        "error": {
+            "code": "timed_out",
+            "message": "no ending within 900 s; the job may still finish at the provider",
+            "retryable": None,
+            "provider_code": None,
+        },
+    },
+}
+
+
+def document(operations: Sequence[Operation]) -> dict[str, Any]:
+    """The whole document, as JSON values."""
+    models = _models(operations)
+    names, definitions = models_json_schema(
+        [(model, mode) for model, mode in models], ref_template=_REF, by_alias=True
+    )
+    schemas = {**definitions.get("$defs", {}), "Problem": _PROBLEM}
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, names)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Relay",
+            "version": __version__,
+            "description": "A self-hosted webhook relay and notifier for AI generation jobs.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "security": [{"key": []}],
+        "paths": paths,
+        "webhooks": _webhooks(names),
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _models(operations: Sequence[Operation]) -> list[tuple[type[BaseModel], Any]]:
+    found: dict[tuple[type[BaseModel], Any], None] = {(r.GenerationData, "serialization"): None}
+    for operation in operations:
+        if operation.body is not None:
+            found[(operation.body, "validation")] = None
+        if operation.returns is not None:
+            found[(operation.returns, "serialization")] = None
+    return list(found)
+
+
+def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]:
+    answers: dict[str, Any] = {}
+    for status, meaning in operation.answers.items():
+        answers[str(status)] = {"description": meaning}
+        if status < 300 and operation.returns is not None:
+            answers[str(status)]["content"] = {
+                "application/json": {"schema": names[(operation.returns, "serialization")]}
+            }
+    reads_input = operation.body is not None or operation.query is not None or operation.creates
+    for status, meaning in _REFUSALS.items():
+        if status != 422 or reads_input:
+            answers.setdefault(str(status), {"description": meaning})
+    for code, answer in answers.items():
+        if code >= "400":
+            schema = {"$ref": _REF.format(model="Problem")}
+            answer["content"] = {"application/problem+json": {"schema": schema}}
+    described: dict[str, Any] = {
+        "operationId": operation.handler.__name__,
+        "summary": operation.summary,
+        "tags": [operation.path.split("/")[2]],
+        "parameters": _parameters(operation),
+        "responses": answers,
+    }
+    if operation.body is not None:
+        content: dict[str, Any] = {"schema": names[(operation.body, "validation")]}
+        if operation.example:
+            content["example"] = operation.example
+        required = any(one.is_required() for one in operation.body.model_fields.values())
+        described["requestBody"] = {"required": required, "content": {"application/json": content}}
+    return described
+
+
+def _parameters(operation: Operation) -> list[dict[str, Any]]:
+    parameters: list[dict[str, Any]] = []
+    if "{id}" in operation.path:
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": {"type": "string"}})
+    if operation.query is not None:
+        schema = TypeAdapter(operation.query).json_schema()
+        for name, one in schema["properties"].items():
+            parameters.append(
+                {"name": name, "in": "query", "required": False, "schema": _inline(one, schema)}
+            )
+    if operation.creates:
+        parameters.append(
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "required": False,
+                "description": "The same request under the same key creates one thing, for 24 hours.",
+                "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+            }
+        )
+    return parameters
+
+
+def _inline(schema: Any, root: Mapping[str, Any]) -> Any:
+    """A parameter's schema without references into its own model."""
+    if isinstance(schema, list):
+        return [_inline(one, root) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(root["$defs"][schema["$ref"].rsplit("/", 1)[-1]], root)
+    return {name: _inline(one, root) for name, one in schema.items()}
+
+
+def _webhooks(names: Mapping[Any, Any]) -> dict[str, Any]:
+    webhooks = {}
+    for status, type_ in ENDINGS.items():
+        ended = {
+            **_EXAMPLE,
+            "status": status.value,
+            "provider_status": status.value,
+            **_SPOILED[status.value],
+        }
+        if status.value != "completed":
+            ended["outputs"] = []
+        example = {"type": type_, "timestamp": _EXAMPLE["completed_at"], "data": ended}
+        webhooks[type_] = _webhook(type_, names[(r.GenerationData, "serialization")], example)
+    data = {"endpoint_id": "ep_01KKVHBCB0Q2VBV3N8S0WZ6T1D", "message": "This is a test."}
+    example = {"type": TEST, "timestamp": _EXAMPLE["completed_at"], "data": data}
+    properties = {"endpoint_id": {"type": "string"}, "message": {"type": "string"}}
+    schema = {"type": "object", "required": sorted(properties), "properties": properties}
+    webhooks[TEST] = _webhook(TEST, schema, example)
+    return webhooks
+
+
+def _webhook(type_: str, data: Any, example: Any) -> dict[str, Any]:
+    headers = {
+        "webhook-id": "The event's id: the same on every attempt, replay and endpoint",
+        "webhook-timestamp": "Unix seconds of the attempt",
+        "webhook-signature": "v1,<base64 HMAC-SHA256 of id.timestamp.body>, several separated by a space",
+    }
+    schema = {
+        "type": "object",
+        "required": ["type", "timestamp", "data"],
+        "properties": {
+            "type": {"const": type_},
+            "timestamp": {"type": "string", "format": "date-time"},
+            "data": data,
+        },
+    }
+    return {
+        "post": {
+            "operationId": "on_" + type_.replace(".", "_"),
+            "summary": f"Sent to endpoints that want {type_}",
+            "security": [],
+            "parameters": [
+                {
+                    "name": name,
+                    "in": "header",
+                    "required": True,
+                    "description": meaning,
+                    "schema": {"type": "string"},
+                }
+                for name, meaning in headers.items()
+            ],
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": schema, "example": example}},
+            },
+            "responses": {"2XX": {"description": "Received; anything else is retried, 410 ends it"}},
+        }
+    }

@@ -1,0 +1,134 @@
+"""An operation of the API: one description from which its route and its OpenAPI entry are both made."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from relay.body import compact, parse
+from relay.errors import FieldError, Invalid, Malformed, TooLarge
+from relay.store.idempotency import Idempotency
+from relay.web.auth import tenant_of
+from relay.web.context import Relay, State
+
+LARGEST_BODY = 1024 * 1024
+BODY_DEADLINE = 10.0
+B = TypeVar("B")
+Q = TypeVar("Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[B, Q]):
+    """A request that has been let in and read: whose it is and what it says."""
+
+    relay: Relay
+    tenant: str
+    path: Mapping[str, str]
+    body: B
+    query: Q
+    idempotency: Idempotency | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What to answer; `resource` None is an empty answer."""
+
+    status: int
+    resource: BaseModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """`answers` says what each status means; `creates` honours Idempotency-Key; a `body` whose fields all
+    have defaults may be left out."""
+
+    method: str
+    path: str
+    summary: str
+    handler: Callable[[Call[Any, Any]], Awaitable[Result]]
+    returns: type[BaseModel] | None
+    answers: Mapping[int, str]
+    body: type[BaseModel] | None = None
+    query: type[BaseModel] | None = None
+    creates: bool = False
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+    def route(self) -> Route:
+        async def endpoint(request: Request[State]) -> Response:
+            relay = request.state["relay"]
+            tenant = await tenant_of(request, relay)
+            raw = await read_body(request)
+            call = Call(
+                relay=relay,
+                tenant=tenant,
+                path=request.path_params,
+                body=self._read(raw),
+                query=_validate(self.query, dict(request.query_params)) if self.query else None,
+                idempotency=self._idempotency(request, raw),
+            )
+            result = await self.handler(call)
+            if result.resource is None:
+                return Response(status_code=result.status)
+            content = compact(result.resource.model_dump(by_alias=True))
+            return Response(content, result.status, media_type="application/json")
+
+        return Route(self.path, endpoint, methods=[self.method])
+
+    def _read(self, raw: bytes) -> BaseModel | None:
+        if self.body is None:
+            return None
+        optional = not any(one.is_required() for one in self.body.model_fields.values())
+        if not raw and optional:
+            return self.body()
+        document = parse(raw)
+        if not isinstance(document, dict):
+            raise Malformed("the body must be a JSON object")
+        return _validate(self.body, document)
+
+    def _idempotency(self, request: Request[Any], raw: bytes) -> Idempotency | None:
+        key = request.headers.get("idempotency-key")
+        if key is None or not self.creates:
+            return None
+        if not 1 <= len(key) <= 255 or not key.isprintable():
+            raise Invalid(FieldError("Idempotency-Key", "must be 1 to 255 printable characters"))
+        asked = f"{self.method} {request.url.path}\n".encode() + raw
+        return Idempotency(key, hashlib.sha256(asked).hexdigest())
+
+
+async def read_body(request: Request[Any]) -> bytes:
+    """The body, within its limits of size and time. Raises TooLarge or Malformed."""
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > LARGEST_BODY:
+        raise TooLarge(f"the body may be {LARGEST_BODY} bytes at most")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_DEADLINE):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > LARGEST_BODY:
+                    raise TooLarge(f"the body may be {LARGEST_BODY} bytes at most")
+    except TimeoutError as error:
+        raise Malformed(f"the body did not arrive within {BODY_DEADLINE:g} s") from error
+    return bytes(body)
+
+
+def _validate(model: type[BaseModel], document: Mapping[str, Any]) -> BaseModel:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise Invalid(*(_field_error(one) for one in error.errors(include_url=False))) from error
+
+
+def _field_error(error: Any) -> FieldError:
+    name = ".".join(str(part) for part in error["loc"]) or "body"
+    if error["type"] == "extra_forbidden":
+        return FieldError(name, "is not a field of this request")
+    if error["type"] == "missing":
+        return FieldError(name, "is required")
+    return FieldError(name, error["msg"].removeprefix("Value error, "))

@@ -1,0 +1,59 @@
+"""For operators and readers: health, the OpenAPI document and its page."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from itertools import groupby
+
+from jinja2 import Environment
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from relay.body import compact
+from relay.errors import StoreError
+from relay.web.context import State
+from relay.web.openapi import document
+from relay.web.operation import Operation
+
+_CSP = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+async def live(request: Request) -> Response:
+    """The process answers."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request[State]) -> Response:
+    """The database takes writes; 503 when it does not."""
+    relay = request.state["relay"]
+    try:
+        await relay.store.database.probe()
+    except StoreError as error:
+        return JSONResponse({"status": "failing", "checks": {"database": str(error)}}, 503)
+    return JSONResponse({"status": "ok", "checks": {"database": "ok"}})
+
+
+def routes(operations: Sequence[Operation]) -> list[Route]:
+    """The pages are made once: they are the same for everybody."""
+    described = document(operations)
+    listed = [
+        (path, method, operation)
+        for path, methods in described["paths"].items()
+        for method, operation in methods.items()
+    ]
+    tags = [(tag, list(group)) for tag, group in groupby(listed, key=lambda one: one[2]["tags"][0])]
+    template = Environment(autoescape=True).from_string(files("relay.web").joinpath("docs.html").read_text())
+    page, text = template.render(document=described, tags=tags), compact(described)
+
+    async def openapi(request: Request) -> Response:
+        return Response(text, media_type="application/json")
+
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": _CSP})
+
+    return [
+        Route("/healthz", live),
+        Route("/readyz", ready),
+        Route("/openapi.json", openapi),
+        Route("/docs", docs),
+    ]

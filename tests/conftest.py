@@ -1,0 +1,123 @@
+"""Fixtures: a relay, the provider simulator and a subscriber, each on a socket of its own."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from relay.app import build
+from relay.config import Settings, read_config
+from relay.simulator import Simulator
+from tests.serving import Subscriber, listener, origin_of, serving
+
+ADMIN_KEY = "admin-key-of-the-tests"
+
+
+@dataclass
+class Clock:
+    """Wall time, in milliseconds, that can be moved forward."""
+
+    ahead: int = 0
+
+    def __call__(self) -> int:
+        return time.time_ns() // 1_000_000 + self.ahead
+
+    def forward(self, *, seconds: float) -> None:
+        self.ahead += round(seconds * 1000)
+
+
+@dataclass
+class RunningRelay:
+    """A relay that is being served; `api` is an authorized client of it."""
+
+    origin: str
+    settings: Settings
+    api: httpx.AsyncClient
+    clock: Clock
+
+    async def eventually(self, path: str, true: Callable[[Any], bool], *, timeout: float = 15) -> Any:
+        """The JSON at a path, as soon as it is as wished."""
+        async with asyncio.timeout(timeout):
+            while True:
+                answer = await self.api.get(path)
+                if answer.status_code == 200 and true(answer.json()):
+                    return answer.json()
+                await asyncio.sleep(0.02)
+
+
+@dataclass
+class World:
+    """Simulated providers, a subscriber, and relays that know both."""
+
+    simulator: Simulator
+    simulator_origin: str
+    subscriber: Subscriber
+    directory: Path
+    clock: Clock
+    stack: AsyncExitStack = field(repr=False)
+
+    def document(self, **changes: Any) -> dict[str, Any]:
+        """A configuration with an account at each simulated provider; `changes` replace top-level keys."""
+        accounts = {
+            name: {
+                "provider": name,
+                "api_key": self.simulator.keys[name],
+                "base_url": url,
+                "poll_interval": "100ms",
+            }
+            for name, url in Simulator.base_urls(self.simulator_origin).items()
+        }
+        return {
+            "database": f"sqlite:///{self.directory}/relay.db",
+            "secret_key": "secret-key-of-the-tests-0123456789",
+            "admin_key": ADMIN_KEY,
+            "accounts": accounts,
+            "network": {"allow": ["127.0.0.0/8"]},
+            "delivery": {"timeout": "2s"},
+            **changes,
+        }
+
+    async def relay(self, **changes: Any) -> RunningRelay:
+        """Starts a relay, which runs until the test ends."""
+        # Its public URL is known before it starts, because the socket is bound before.
+        bound = listener()
+        origin = origin_of(bound)
+        settings = read_config({"public_url": origin, **self.document(**changes)}, {})
+        await self.stack.enter_async_context(serving(build(settings, now=self.clock), bound))
+        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+        api = httpx.AsyncClient(base_url=origin, headers=headers, timeout=30)
+        await self.stack.enter_async_context(api)
+        return RunningRelay(origin, settings, api, self.clock)
+
+    async def endpoint(self, relay: RunningRelay, path: str = "/", **fields: Any) -> dict[str, Any]:
+        """Registers the subscriber, at one of its paths."""
+        answer = await relay.api.post("/v1/endpoints", json={"url": self.subscriber.origin + path, **fields})
+        assert answer.status_code == 201, answer.text
+        return dict(answer.json())
+
+    async def watch(self, relay: RunningRelay, provider: str, **plan: Any) -> dict[str, Any]:
+        """Begins a job at a simulated provider and watches it."""
+        job_id = self.simulator.submit(provider, **{"duration": 0.3, **plan})
+        answer = await relay.api.post("/v1/generations", json={"account": provider, "job_id": job_id})
+        assert answer.status_code == 201, answer.text
+        return dict(answer.json())
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def world(tmp_path: Path, clock: Clock) -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        simulator, subscriber = Simulator(seed=1, now=lambda: clock() / 1000), Subscriber()
+        simulator_origin = await stack.enter_async_context(serving(simulator.app))
+        subscriber.origin = await stack.enter_async_context(serving(subscriber.app))
+        yield World(simulator, simulator_origin, subscriber, tmp_path, clock, stack)

@@ -1,0 +1,208 @@
+"""Signatures: the published vectors, and the official verifiers' own verdict on ours."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import standardwebhooks
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from relay import signature
+from relay.body import compact
+from relay.signature import BadSignature
+
+# Published in the test suites of the official libraries.
+A = (
+    "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330,
+    b'{"test": 2432232314}', "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
+)  # fmt: skip
+B = (
+    "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD", "msg_27UH4WbU6Z5A5EzD8u03UvzRbpk", 1649367553,
+    b'{"email":"test@example.com","username":"test_user"}', "v1,tZ1I4/hDygAJgO5TYxiSd6Sd0kDW6hPenDe+bTa3Kkw=",
+)  # fmt: skip
+SECRET, ID, AT, BODY, TOKEN = A
+WRONG = "v1,Ceo5qEr07ixe2NLpvHk3FH9bwy/WavXrAFQ/9tdO6mc="
+
+
+def verify(signatures: str, *, timestamp: str = str(AT), now: int = AT) -> None:
+    signature.verify(SECRET, ID, timestamp, signatures, BODY, now=now)
+
+
+@pytest.mark.parametrize(("secret", "id_", "at", "body", "token"), [A, B], ids="AB")
+def test_published_vectors(secret, id_, at, body, token):
+    assert signature.sign(secret, id_, at, body) == token
+    assert signature.headers([secret], id_, at, body) == {
+        "webhook-id": id_, "webhook-timestamp": str(at), "webhook-signature": token,
+    }  # fmt: skip
+    signature.verify(secret, id_, str(at), token, body, now=at)
+
+
+@pytest.mark.parametrize(
+    "signatures",
+    [f"{WRONG} {TOKEN}", f"{TOKEN} {WRONG}", f"{WRONG.replace('v1', 'v2')} v1a,AAAA garbage {TOKEN}"],
+)
+def test_one_right_token_among_others_is_enough(signatures):
+    verify(signatures)
+
+
+@pytest.mark.parametrize(
+    "signatures",
+    [
+        WRONG, WRONG.replace("v1", "v2"), f"{WRONG} {WRONG}", TOKEN.replace("v1", "v2"),
+        TOKEN.replace("v1", "v1a"), TOKEN[:8], TOKEN[:-1], TOKEN + "=", TOKEN[3:], TOKEN.lower(),
+        f"{TOKEN},{WRONG}", "", " ", "v1", "v1,", "v1,é",
+    ],
+)  # fmt: skip
+def test_wrong_partial_and_empty_signatures_are_refused(signatures):
+    with pytest.raises(BadSignature):
+        verify(signatures)
+
+
+@pytest.mark.parametrize("off", [-300, -299, 0, 299, 300])
+def test_a_clock_that_is_five_minutes_off_is_tolerated(off):
+    verify(TOKEN, now=AT + off)
+
+
+@pytest.mark.parametrize("off", [-86400, -301, 301, 86400])
+def test_a_clock_that_is_further_off_is_not(off):
+    with pytest.raises(BadSignature):
+        verify(TOKEN, now=AT + off)
+
+
+@pytest.mark.parametrize(
+    "timestamp", ["", "now", f"{AT}.5", hex(AT), "9" * 5000, str(AT + 1), str(AT - 1), f"-{AT}"]
+)
+def test_another_timestamp_than_the_signed_one_is_refused(timestamp):
+    with pytest.raises(BadSignature):
+        verify(TOKEN, timestamp=timestamp)
+
+
+@pytest.mark.parametrize(
+    ("id_", "body", "secret"),
+    [("msg_other", BODY, SECRET), (ID, BODY + b" ", SECRET), (ID, b"", SECRET), (ID, BODY, B[0])],
+)
+def test_another_id_body_or_secret_is_refused(id_, body, secret):
+    with pytest.raises(BadSignature):
+        signature.verify(secret, id_, str(AT), TOKEN, body, now=AT)
+
+
+def whsec(key: bytes) -> str:
+    return "whsec_" + base64.b64encode(key).decode()
+
+
+@pytest.mark.parametrize("size", [24, 25, 32, 48, 64])
+def test_a_secret_of_24_to_64_bytes_is_taken(size):
+    assert signature.secret_key(whsec(bytes(range(size)))) == bytes(range(size))
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        whsec(bytes(23)), whsec(bytes(65)), whsec(bytes(1000)), whsec(b""), "", "whsec_", "whsec_" + "?" * 32,
+        "whsec_" + base64.urlsafe_b64encode(b"\xff" * 24).decode(),  # another alphabet
+        whsec(bytes(25)).rstrip("="),  # no padding: most official libraries cannot read it
+        whsec(bytes(24)) + "=", whsec(bytes(24)) + "==",  # too much of it: likewise
+        whsec(bytes(24)) + "\n", " " + whsec(bytes(24)), "whsec_" + "é" * 32,
+    ],
+)  # fmt: skip
+def test_any_other_secret_is_refused(secret):
+    with pytest.raises(ValueError):
+        signature.secret_key(secret)
+
+
+def test_new_secrets_are_long_enough_unpadded_and_never_twice_the_same():
+    secrets = {signature.new_secret() for _ in range(100)}
+    assert len(secrets) == 100
+    for secret in secrets:
+        assert secret.startswith("whsec_") and "=" not in secret
+        assert len(signature.secret_key(secret)) >= 24
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
+    max_leaves=20,
+)
+SECRETS = st.lists(st.binary(min_size=24, max_size=64).map(whsec), min_size=1, max_size=2, unique=True)
+IDS = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-", min_size=1, max_size=40)
+CASES = st.tuples(SECRETS, IDS, JSON.map(compact))
+
+
+@given(CASES)
+def test_the_official_python_verifier_accepts_ours_and_refuses_a_tampered_body(case):
+    secrets, id_, body = case
+    headers = signature.headers(secrets, id_, int(time.time()), body)
+    for secret in secrets:
+        official = standardwebhooks.Webhook(secret)
+        official.verify(body, headers, json_parse=False)
+        with pytest.raises(standardwebhooks.WebhookVerificationError):
+            official.verify(body + b" ", headers, json_parse=False)
+
+
+@given(CASES)
+def test_ours_accepts_what_the_official_python_signer_made(case):
+    secrets, id_, body = case
+    token = standardwebhooks.Webhook(secrets[0]).sign(id_, datetime.fromtimestamp(AT, UTC), body.decode())
+    signature.verify(secrets[0], id_, str(AT), token, body, now=AT)
+
+
+JAVASCRIPT = Path(__file__).parent / "javascript"
+
+
+@pytest.fixture(scope="module")
+def node() -> str:
+    """Node, with the official package beside the script that uses it."""
+    found = shutil.which("node")
+    if found and (JAVASCRIPT / "node_modules" / "standardwebhooks").is_dir():
+        return found
+    missing = "the JavaScript verifier is missing: install Node.js, then npm ci --prefix tests/javascript"
+    if os.environ.get("RELAY_REQUIRE_ALL_TESTS"):
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+def verdicts(node: str, cases: list[dict]) -> list[bool]:
+    lines = "".join(json.dumps(case) + "\n" for case in cases)
+    done = subprocess.run(  # noqa: S603 - our own script
+        [node, JAVASCRIPT / "verify.mjs"], input=lines, capture_output=True, text=True, check=True, timeout=60
+    )
+    return [json.loads(line)["accepted"] for line in done.stdout.splitlines()]
+
+
+def questions(secrets: list[str], id_: str, body: bytes) -> list[tuple[dict, bool]]:
+    """Each secret with the body as signed, which is to be accepted, and tampered with, which is not."""
+    headers = signature.headers(secrets, id_, int(time.time()), body)
+    return [
+        ({"secret": secret, "headers": headers, "body": text.decode()}, accepted)
+        for secret in secrets
+        for text, accepted in ((body, True), (body + b" ", False))
+    ]
+
+
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow],
+)
+@given(st.lists(CASES, min_size=20, max_size=40))
+def test_the_official_javascript_verifier_accepts_ours_and_refuses_a_tampered_body(node, cases):
+    asked = [question for case in cases for question in questions(*case)]
+    assert verdicts(node, [case for case, _ in asked]) == [accepted for _, accepted in asked]
+
+
+@pytest.mark.parametrize("size", [2, 20 * 1024, 256 * 1024])
+def test_the_official_verifiers_accept_a_body_of_any_size(node, size):
+    body = compact("é" * (size // 2 - 1))
+    asked = questions([whsec(bytes(24)), whsec(bytes(64))], "evt_1", body)
+    assert len(body) == size
+    assert verdicts(node, [case for case, _ in asked]) == [accepted for _, accepted in asked]
+    for case, accepted in asked:
+        if accepted:
+            standardwebhooks.Webhook(case["secret"]).verify(body, case["headers"])
