@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from starlette.applications import Starlette
@@ -20,6 +20,7 @@ from relay.ingest import Ingest
 from relay.poll import Poller
 from relay.prune import prune
 from relay.sender import Sender
+from relay.server import Server, bind, origin
 from relay.store import Store, open_database, store_on
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
@@ -57,6 +58,26 @@ def build(
         async with running(settings, now=now, show_key=show_key) as relay:
             yield {"relay": relay}
 
+    return _web(lifespan)
+
+
+async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes what is in flight. Raises ConfigError."""
+    bound = bind(settings.host, settings.port)
+    async with running(settings, now=wall_clock, show_key=show_key) as relay:
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[State]:
+            yield {"relay": relay}
+
+        server = Server(_web(lifespan), grace=settings.delivery.timeout / 1000)
+        server.stop_on_signals()
+        log.info("relay.serving", extra={"url": origin(bound), "accounts": len(relay.accounts)})
+        await server.serve(sockets=[bound])
+    log.info("relay.stopped")
+
+
+def _web(lifespan: Callable[[Starlette], AbstractAsyncContextManager[State]]) -> Starlette:
     routes = [*(one.route() for one in OPERATIONS), *inbound.ROUTES, *ops.routes(OPERATIONS)]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
 

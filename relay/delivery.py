@@ -1,10 +1,10 @@
 """A delivery is one event on its way to one endpoint.
 
-    pending ──claim──► sending ──2xx──────────► delivered
-       ▲                  ├──retry later──► pending
-       │                  └──refused / attempts exhausted──► failed
-       ├── replay ── delivered | failed | canceled
-    pending | sending ── endpoint disabled or deleted ──► canceled
+pending ──claim──► sending ──2xx──────────► delivered
+   ▲                  ├──retry later──► pending
+   │                  └──refused / attempts exhausted──► failed
+   ├── replay ── delivered | failed | canceled
+pending | sending ── endpoint disabled or deleted ──► canceled
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    PENDING = "pending"      # due at `due_at`
-    SENDING = "sending"      # claimed; due again when the lease runs out
+    PENDING = "pending"  # due at `due_at`
+    SENDING = "sending"  # claimed; due again when the lease runs out
     DELIVERED = "delivered"  # the endpoint answered 2xx
-    FAILED = "failed"        # the endpoint refused, or the attempts ran out
-    CANCELED = "canceled"    # the endpoint was disabled or deleted
+    FAILED = "failed"  # the endpoint refused, or the attempts ran out
+    CANCELED = "canceled"  # the endpoint was disabled or deleted
 
 
 MOVES: Mapping[Status, frozenset[Status]] = {
@@ -31,22 +31,22 @@ MOVES: Mapping[Status, frozenset[Status]] = {
 
 class Trigger(StrEnum):
     SCHEDULED = "scheduled"  # fresh, or retried on the schedule
-    REPLAY = "replay"        # somebody asked for it
+    REPLAY = "replay"  # somebody asked for it
 
 
 class Code(StrEnum):
     """Why an attempt was not accepted."""
 
-    HTTP_STATUS = "http_status"        # an answer, but not 2xx
-    REDIRECT = "redirect"              # 3xx, never followed
-    TIMEOUT = "timeout"                # no whole answer within the deadline
-    DNS = "dns"                        # the name could not be looked up
-    CONNECT = "connect"                # no connection
-    TLS = "tls"                        # no trusted connection
-    DISCONNECTED = "disconnected"      # the connection ended before the answer did
-    BAD_RESPONSE = "bad_response"      # not HTTP
+    HTTP_STATUS = "http_status"  # an answer, but not 2xx
+    REDIRECT = "redirect"  # 3xx, never followed
+    TIMEOUT = "timeout"  # no whole answer within the deadline
+    DNS = "dns"  # the name could not be looked up
+    CONNECT = "connect"  # no connection
+    TLS = "tls"  # no trusted connection
+    DISCONNECTED = "disconnected"  # the connection ended before the answer did
+    BAD_RESPONSE = "bad_response"  # not HTTP
     BLOCKED_ADDRESS = "blocked_address"  # the guard refused: never retried
-    INTERNAL = "internal"              # a fault of Relay's own
+    INTERNAL = "internal"  # a fault of Relay's own
 
 
 LONGEST_RETRY_AFTER = 86_400_000

@@ -2,6 +2,7 @@
 
     RelayError
     ├─ ConfigError              the configuration is wrong: names the key and what to do; exit code 2
+    │  └─ DatabaseInUse         another relay holds the database file
     ├─ Refused                  a request is refused: carries an HTTP status
     │  ├─ Malformed 400         not JSON at all, or not the protocol
     │  ├─ Unauthorized 401      no key or a wrong one
@@ -31,6 +32,10 @@ class ConfigError(RelayError):
 class FieldError:
     field: str
     message: str
+
+
+class DatabaseInUse(ConfigError):
+    """One SQLite file serves one process."""
 
 
 class Refused(RelayError):

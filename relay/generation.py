@@ -1,8 +1,8 @@
 """A generation is one job at one account that Relay watches.
 
-    queued ──► processing ──► completed | failed | canceled      (a provider may skip processing)
-    queued | processing ──deadline──► timed_out                  (it may still finish)
-    timed_out ──late answer──► completed | failed | canceled     (announced, marked late)
+queued ──► processing ──► completed | failed | canceled      (a provider may skip processing)
+queued | processing ──deadline──► timed_out                  (it may still finish)
+timed_out ──late answer──► completed | failed | canceled     (announced, marked late)
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from typing import Any, Self
 
 
 class Status(StrEnum):
-    QUEUED = "queued"          # the provider has not begun, as far as we know
+    QUEUED = "queued"  # the provider has not begun, as far as we know
     PROCESSING = "processing"  # the provider has begun
-    COMPLETED = "completed"    # ended with at least one output
-    FAILED = "failed"          # ended without; `error` says why
-    CANCELED = "canceled"      # ended by somebody's wish at the provider
-    TIMED_OUT = "timed_out"    # the deadline passed here; the job may still finish there
+    COMPLETED = "completed"  # ended with at least one output
+    FAILED = "failed"  # ended without; `error` says why
+    CANCELED = "canceled"  # ended by somebody's wish at the provider
+    TIMED_OUT = "timed_out"  # the deadline passed here; the job may still finish there
 
 
 MOVES: Mapping[Status, frozenset[Status]] = {
@@ -36,9 +36,9 @@ FINAL = frozenset(status for status, moves in MOVES.items() if not moves)
 
 
 class LearnedBy(StrEnum):
-    POLL = "poll"          # Relay asked on its schedule
+    POLL = "poll"  # Relay asked on its schedule
     CALLBACK = "callback"  # a callback made Relay ask
-    REFRESH = "refresh"    # a user made Relay ask
+    REFRESH = "refresh"  # a user made Relay ask
     DEADLINE = "deadline"  # nobody said: the deadline passed
 
 
@@ -121,16 +121,16 @@ class Generation:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     callback_url: str | None = None
     claimed_job_id: str | None = None  # what a callback said; believed once the provider confirms it
-    awaits_callback: bool = False      # the provider was given our URL, so polling is only the backstop
-    update: Update | None = None       # the last news
-    known_at: int | None = None        # when Relay learned the ending
+    awaits_callback: bool = False  # the provider was given our URL, so polling is only the backstop
+    update: Update | None = None  # the last news
+    known_at: int | None = None  # when Relay learned the ending
     late: bool = False
     learned_by: LearnedBy | None = None
     asked_at: int | None = None
     asks: int = 0
-    errors: int = 0                    # asks in a row that brought no answer
-    missing: int = 0                   # asks in a row that were answered "no such job"
-    hint_asks: int | None = None       # asks since the last callback; None when there is no open hint
+    errors: int = 0  # asks in a row that brought no answer
+    missing: int = 0  # asks in a row that were answered "no such job"
+    hint_asks: int | None = None  # asks since the last callback; None when there is no open hint
     last_error: str | None = None
     lease: str | None = None
     version: int = 0

@@ -54,9 +54,7 @@ def headers(secrets: Sequence[str], message_id: str, timestamp: int, body: bytes
     }
 
 
-def verify(
-    secret: str, message_id: str, timestamp: str, signatures: str, body: bytes, *, now: int
-) -> None:
+def verify(secret: str, message_id: str, timestamp: str, signatures: str, body: bytes, *, now: int) -> None:
     """Raises BadSignature unless one `v1` token is right and `timestamp` within 300 s of `now` (seconds)."""
     try:
         at = int(timestamp)

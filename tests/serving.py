@@ -2,54 +2,25 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from relay.server import bind, serving
+from relay.server import origin as origin_of
 
-class Server(uvicorn.Server):
-    """uvicorn inside a test's own loop: signals stay the test runner's."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+__all__ = ["Received", "Subscriber", "listener", "origin_of", "serving"]
 
 
 def listener() -> socket.socket:
     """A socket on a free port of loopback, before anything is served on it."""
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
-    return bound
-
-
-def origin_of(bound: socket.socket) -> str:
-    return f"http://127.0.0.1:{bound.getsockname()[1]}"
-
-
-@asynccontextmanager
-async def serving(app: ASGIApp, bound: socket.socket | None = None) -> AsyncIterator[str]:
-    """The origin of an application that is being served, on `bound` or on a free port of loopback."""
-    with bound or listener() as bound:
-        server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-        running = asyncio.create_task(server.serve(sockets=[bound]))
-        while not server.started:
-            if running.done():
-                running.result()
-                raise RuntimeError("the server did not start")
-            await asyncio.sleep(0.005)
-        try:
-            yield origin_of(bound)
-        finally:
-            server.should_exit = True
-            await running
+    return bind("127.0.0.1", 0)
 
 
 @dataclass

@@ -120,6 +120,15 @@ def test_the_late_watch_ends_a_day_after_the_deadline(after, pace, spread):
         assert now + pace.interval <= due_at <= timed_out.deadline_at + DAY
 
 
+@pytest.mark.parametrize(
+    ("before_the_end", "asked"), [(DAY, True), (10 * MINUTE, True), (10 * MINUTE - 1, False)]
+)
+def test_the_late_watch_asks_every_ten_minutes_up_to_its_very_end(before_the_end, asked):
+    timed_out = replace(WATCHED, status=Status.TIMED_OUT)
+    now = timed_out.deadline_at + DAY - before_the_end
+    assert next_ask(timed_out, PACE, now=now, spread=0.0) == (now + 10 * MINUTE if asked else None)
+
+
 @pytest.mark.parametrize("status", sorted(FINAL))
 def test_a_final_ending_is_never_asked_about(status):
     assert next_ask(replace(WATCHED, status=status), PACE, now=START, spread=0.0) is None

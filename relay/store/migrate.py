@@ -18,19 +18,8 @@ async def migrate(database: Database, *, now: int) -> list[str]:
 
     Raises ConfigError when the database is newer than this program.
     """
-    known = _known()
     applied = []
-    async with database.write() as tx:
-        await tx.execute(_HISTORY)
-        rows = await tx.fetch("SELECT version FROM migrations ORDER BY version")
-    done = {row["version"] for row in rows}
-    newer = done - known.keys()
-    if newer:
-        raise ConfigError(
-            f"database: it was written by a newer Relay (migration {max(newer)}); run that version or newer"
-        )
-    for version in sorted(known.keys() - done):
-        name, text = known[version]
+    for version, (name, text) in await _missing(database):
         async with database.write() as tx:
             for statement in _statements(text):
                 await tx.execute(statement)
@@ -42,6 +31,25 @@ async def migrate(database: Database, *, now: int) -> list[str]:
             )
         applied.append(name)
     return applied
+
+
+async def pending(database: Database) -> list[str]:
+    """The names of what `migrate` would apply. Raises ConfigError as it does."""
+    return [name for _, (name, _) in await _missing(database)]
+
+
+async def _missing(database: Database) -> list[tuple[int, tuple[str, str]]]:
+    known = _known()
+    async with database.write() as tx:
+        await tx.execute(_HISTORY)
+        rows = await tx.fetch("SELECT version FROM migrations ORDER BY version")
+    done = {row["version"] for row in rows}
+    newer = done - known.keys()
+    if newer:
+        raise ConfigError(
+            f"database: it was written by a newer Relay (migration {max(newer)}); run that version or newer"
+        )
+    return sorted((version, known[version]) for version in known.keys() - done)
 
 
 def _known() -> dict[int, tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import IO, Any, Self
 
 import aiosqlite
 
-from relay.errors import ConfigError, StoreError
+from relay.errors import ConfigError, DatabaseInUse, StoreError
 from relay.store.database import Row, Transaction, expand
 
 # WAL with FULL: one fsync for each commit, and group commit makes those few.
@@ -121,7 +121,7 @@ def _lock(path: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        raise ConfigError(
+        raise DatabaseInUse(
             f"database: another relay is running on {path}; one SQLite file serves one process"
             " (several relays need one PostgreSQL)"
         ) from error

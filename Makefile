@@ -1,0 +1,60 @@
+# `make` alone says what there is. Everything happens in a virtual environment of its own, .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+TESTS ?= tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lock image clean
+
+help:  ## Say what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 12
+
+install: .venv/.installed  ## Install Relay and what it needs, as locked
+
+demo: install  ## Watch Relay at work: simulated providers, a verifying subscriber, no key
+	@$(BIN)/relay demo
+
+test: .venv/.installed-dev tests/javascript/node_modules  ## Install what the tests need, and run all of them
+	$(BIN)/pytest -n 2 --dist loadgroup $(TESTS)
+
+check: .venv/.installed-dev  ## Lint, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+lock: .venv/.installed-dev  ## Write the lock files anew, with the newest versions
+	$(BIN)/uv pip compile -q --upgrade pyproject.toml --group build --group dev --universal \
+	  --python-version 3.11 --generate-hashes --no-header -o requirements-dev.lock
+	$(BIN)/uv pip compile -q --upgrade pyproject.toml --group build --universal --python-version 3.11 \
+	  --generate-hashes --no-header -c requirements-dev.lock -o requirements.lock
+
+image:  ## Build the container image
+	docker build -t relay .
+
+clean:  ## Remove what was installed
+	rm -rf .venv tests/javascript/node_modules
+
+# The index is asked for exactly these files: a package that was changed meanwhile is refused.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Relay needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "Python cannot make a virtual environment here: apt-get install python3-venv"; exit 1; }
+
+.venv/.installed: requirements.lock pyproject.toml | .venv/bin/python
+	$(PIP_INSTALL) --require-hashes -r requirements.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/.installed-dev: requirements-dev.lock .venv/.installed
+	$(PIP_INSTALL) --require-hashes -r requirements-dev.lock
+	@touch $@
+
+# Verifying in JavaScript needs Node.js; without it those tests say so and are skipped.
+tests/javascript/node_modules: tests/javascript/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix tests/javascript && touch $@; \
+	else echo "no npm here: the JavaScript tests will be skipped (apt-get install nodejs npm)"; fi

@@ -1,0 +1,132 @@
+"""`relay check`: what is wrong, before it matters."""
+
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Literal
+
+from relay.app import wall_clock
+from relay.asker import Asker
+from relay.body import parse
+from relay.config import Settings, accounts
+from relay.errors import ConfigError, DatabaseInUse, Malformed, ProviderError
+from relay.guard import Guard
+from relay.providers import Account, Reply
+from relay.signature import TOLERANCE
+from relay.store import open_database
+from relay.store.migrate import pending
+
+SHORTEST_SECRET = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`failed` keeps Relay from doing its work; `warning` is for somebody to look at."""
+
+    subject: str
+    verdict: Literal["ok", "warning", "failed"]
+    message: str
+
+
+async def check(settings: Settings) -> AsyncIterator[Finding]:
+    """One finding after the other: configuration, database, each account's credential, the clock."""
+    for finding in _configuration(settings):
+        yield finding
+    yield await _database(settings.database)
+    asker = Asker.open(Guard(settings.network.allow), now=wall_clock)
+    skews = []
+    try:
+        for account in accounts(settings).values():
+            finding, skew = await _account(asker, account)
+            yield finding
+            skews += [skew] if skew is not None else []
+    finally:
+        await asker.close()
+    yield _clock(skews)
+
+
+def _configuration(settings: Settings) -> list[Finding]:
+    found = []
+    if len(settings.secret_key) < SHORTEST_SECRET:
+        message = f"is shorter than {SHORTEST_SECRET} characters: make one with `openssl rand -hex 32`"
+        found.append(Finding("secret_key", "warning", message))
+    if not settings.accounts:
+        found.append(Finding("accounts", "warning", "there are none: nothing can be watched"))
+    calling = [name for name, one in accounts(settings).items() if one.provider.calls_back]
+    if calling and settings.public_url is None:
+        message = f"is not set: {', '.join(calling)} cannot call {settings.origin} back, and will be polled"
+        found.append(Finding("public_url", "warning", message))
+    return found or [Finding("configuration", "ok", f"{len(settings.accounts)} accounts")]
+
+
+async def _database(url: str) -> Finding:
+    path = url.removeprefix("sqlite:///")
+    if missing := _missing_file(url):
+        return missing
+    try:
+        database = await open_database(url)
+    except DatabaseInUse:
+        return Finding("database", "ok", f"{path} is in use by a running relay")
+    except ConfigError as error:
+        return Finding("database", "failed", str(error).removeprefix("database: "))
+    try:
+        names = await pending(database)
+    except ConfigError as error:
+        return Finding("database", "failed", str(error).removeprefix("database: "))
+    finally:
+        await database.close()
+    message = f"will be migrated at the next start: {', '.join(names)}" if names else "is up to date"
+    return Finding("database", "ok", f"{path} {message}")
+
+
+def _missing_file(url: str) -> Finding | None:
+    path = Path(url.removeprefix("sqlite:///"))
+    if not url.startswith("sqlite:///") or path.exists():
+        return None
+    if path.resolve().parent.is_dir():
+        return Finding("database", "ok", f"{path} will be created")
+    return Finding("database", "failed", f"the directory of {path} does not exist: create it")
+
+
+async def _account(asker: Asker, account: Account) -> tuple[Finding, int | None]:
+    """Asks about a job that cannot exist: only a credential that works is told so."""
+    subject = f"accounts.{account.name}"
+    sent = wall_clock()
+    try:
+        reply = await asker.fetch(account, str(uuid.uuid4()))
+    except ProviderError as error:
+        return Finding(subject, "failed", f"{account.base_url} {error}"), None
+    skew = _skew(reply, (sent + wall_clock()) // 2)
+    try:
+        answer = parse(reply.body)
+    except Malformed:
+        answer = None
+    if reply.status == 401:
+        return Finding(subject, "failed", f"{account.provider.name} refuses this api_key (401)"), skew
+    if reply.status == 403 and not account.provider.not_found(403, answer):
+        message = f"{account.provider.name} refuses this machine or this api_key (403)"
+        return Finding(subject, "failed", message), skew
+    if reply.status >= 500 or 300 <= reply.status <= 399:
+        message = f"{account.provider.name} answers {reply.status}: the credential could not be tried"
+        return Finding(subject, "warning", message), skew
+    return Finding(subject, "ok", f"{account.provider.name} takes this api_key"), skew
+
+
+def _skew(reply: Reply, now: int) -> int | None:
+    """Milliseconds by which our clock is ahead of the provider's."""
+    try:
+        return now - round(parsedate_to_datetime(reply.headers["date"]).timestamp() * 1000)
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _clock(skews: list[int]) -> Finding:
+    if not skews:
+        return Finding("clock", "ok", "no provider told the time, so it was not compared")
+    skew = sorted(skews)[len(skews) // 2] / 1000
+    if abs(skew) > TOLERANCE / 2:
+        message = f"is {skew:+.0f} s off: subscribers refuse webhooks that are {TOLERANCE} s off; use NTP"
+        return Finding("clock", "failed", message)
+    return Finding("clock", "ok", f"within {abs(skew):.0f} s of the providers'")

@@ -1,0 +1,173 @@
+"""The command line. Exit codes: 0 done, 1 the thing failed, 2 usage or configuration."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvloop
+from rich.console import Console
+from rich.markup import escape
+
+from relay import __version__, signature
+from relay.app import serve as serve_relay
+from relay.app import wall_clock
+from relay.check import check as findings
+from relay.config import load_config
+from relay.demo import demo as run_demo
+from relay.errors import ConfigError
+from relay.logs import set_up
+from relay.remote import deliveries, endpoints, generations, track
+from relay.server import Server, bind, origin
+from relay.simulator import Simulator
+from relay.store import open_database
+from relay.store.migrate import migrate as migrate_database
+
+app = typer.Typer(
+    name="relay",
+    help="Watches AI generation jobs and tells your services when each one ends.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(track)
+app.add_typer(generations, name="generations", help="The jobs that are watched.")
+app.add_typer(endpoints, name="endpoints", help="The URLs that are told.")
+app.add_typer(deliveries, name="deliveries", help="What was told, attempt by attempt.")
+out, err = Console(), Console(stderr=True)
+
+Config = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Default: $RELAY_CONFIG, else config.yaml.")
+]
+_VERDICTS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "failed": "[red]failed [/]"}
+
+
+def main() -> None:
+    """The entry point of `relay`."""
+    try:
+        app()
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            err.print(f"[red]configuration:[/] {escape(line)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show it.")] = False
+) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def serve(config: Config = None) -> None:
+    """Run the relay until SIGTERM or Ctrl-C."""
+    settings = load_config(config)
+    set_up(settings.log_level)
+    _run(serve_relay(settings, show_key=_show_key))
+
+
+@app.command()
+def demo() -> None:
+    """Relay, simulated providers and a subscriber on this machine: no key, no configuration."""
+    raise typer.Exit(0 if _run(run_demo(out)) else 1)
+
+
+@app.command()
+def check(config: Config = None) -> None:
+    """Say what is wrong with the configuration, the database, the clock or a credential."""
+    settings = load_config(config)
+
+    async def show() -> bool:
+        failed = False
+        async for one in findings(settings):
+            failed |= one.verdict == "failed"
+            line = f"{_VERDICTS[one.verdict]} {escape(one.subject)}: {escape(one.message)}"
+            out.print(line, highlight=False, soft_wrap=True)
+        return failed
+
+    raise typer.Exit(1 if _run(show()) else 0)
+
+
+@app.command()
+def migrate(config: Config = None) -> None:
+    """Bring the database up to date; `serve` does this too."""
+    settings = load_config(config)
+
+    async def bring() -> list[str]:
+        database = await open_database(settings.database)
+        try:
+            return await migrate_database(database, now=wall_clock())
+        finally:
+            await database.close()
+
+    applied = _run(bring())
+    out.print("\n".join(applied) if applied else "up to date")
+
+
+@app.command()
+def simulate(
+    port: Annotated[int, typer.Option(help="0 means any free one.")] = 8090,
+    host: str = "127.0.0.1",
+    median: Annotated[float, typer.Option(help="Seconds that half of the jobs take at most.")] = 12.0,
+    seed: int | None = None,
+) -> None:
+    """Simulate the four providers' APIs over HTTP, for trying things out and for tests."""
+    simulator = Simulator(seed=seed, median=median)
+    bound = bind(host, port)
+    for name, url in Simulator.base_urls(origin(bound)).items():
+        out.print(f"{name}: base_url: {url}  api_key: {simulator.keys[name]}", highlight=False)
+
+    async def run() -> None:
+        server = Server(simulator.app)
+        server.stop_on_signals()
+        await server.serve(sockets=[bound])
+
+    _run(run())
+
+
+@app.command()
+def verify(
+    body: Annotated[
+        Path, typer.Argument(help="A file with the body as it was received; - is standard input.")
+    ],
+    secret: Annotated[str, typer.Option(envvar="RELAY_WEBHOOK_SECRET", help="whsec_…")],
+    id_: Annotated[str, typer.Option("--id", help="The webhook-id header.")],
+    timestamp: Annotated[str, typer.Option(help="The webhook-timestamp header.")],
+    signatures: Annotated[str, typer.Option("--signature", help="The webhook-signature header.")],
+    any_age: Annotated[bool, typer.Option("--any-age", help="Do not mind how old it is.")] = False,
+) -> None:
+    """Check the signature of a received webhook."""
+    try:
+        received = sys.stdin.buffer.read() if str(body) == "-" else body.read_bytes()
+    except OSError as error:
+        err.print(f"[red]{escape(str(body))} cannot be read: {error.strerror}[/]")
+        raise typer.Exit(2) from error
+    try:
+        now = int(timestamp) if any_age and timestamp.isdigit() else int(time.time())
+        signature.verify(secret, id_, timestamp, signatures, received, now=now)
+    except signature.BadSignature as error:
+        err.print(f"[red]not valid:[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
+    except ValueError as error:
+        err.print(f"[red]--secret[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(2) from error
+    out.print("[green]valid[/]")
+
+
+def _show_key(key: str) -> None:
+    message = (
+        f"[bold]Your admin key, shown only now:[/] {key}\n(set admin_key in the configuration to choose it)"
+    )
+    err.print(message, highlight=False, soft_wrap=True)
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work)

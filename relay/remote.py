@@ -1,0 +1,315 @@
+"""Commands that ask a running relay over its API. `--json` prints what the API answered."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NoReturn
+
+import httpx
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+out, err = Console(), Console(stderr=True)
+generations = typer.Typer(no_args_is_help=True)
+endpoints = typer.Typer(no_args_is_help=True)
+deliveries = typer.Typer(no_args_is_help=True)
+
+Url = Annotated[str, typer.Option("--url", envvar="RELAY_URL", help="The relay to talk to.")]
+Key = Annotated[
+    str, typer.Option("--api-key", envvar="RELAY_API_KEY", help="Your API key.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
+Limit = Annotated[int, typer.Option(help="How many at most.", min=1, max=200)]
+Filter = Annotated[str | None, typer.Option()]
+HERE = "http://127.0.0.1:8080"
+COLORS = {
+    **dict.fromkeys(("completed", "delivered", "enabled"), "green"),
+    **dict.fromkeys(("failed", "timed_out", "disabled"), "red"),
+    **dict.fromkeys(("queued", "pending", "sending", "processing"), "yellow"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A relay's API. What it refuses is shown, and ends the command with 1."""
+
+    url: str
+    key: str
+
+    def call(
+        self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None
+    ) -> Any:
+        given = {name: value for name, value in (query or {}).items() if value is not None}
+        headers = {"authorization": f"Bearer {self.key}"}
+        try:
+            # Waiting answers take as long as they were told to, and a little.
+            answer = httpx.request(
+                method,
+                self.url.rstrip("/") + path,
+                params=given,
+                json=body,
+                headers=headers,
+                timeout=330,
+                trust_env=False,
+            )
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            _fail(f"{self.url} cannot be reached: {error}")
+        if answer.is_success:
+            return answer.json() if answer.content else {}
+        try:
+            problem = answer.json()
+            details = [f"{one['field']}: {one['message']}" for one in problem.get("errors", [])]
+            said = "\n".join(details or [str(problem["detail"])])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            said = f"answered {answer.status_code}; is this a relay?"
+        _fail(said)
+
+
+def track(
+    account: str,
+    job_id: Annotated[
+        str | None, typer.Argument(help="May be left out where the provider calls back.")
+    ] = None,
+    callback_url: Annotated[str | None, typer.Option(help="Tell this URL too.")] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when it has ended; 1 unless completed.")
+    ] = False,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """Watch a job at one of the accounts."""
+    remote = Remote(url, api_key)
+    body = {"account": account, "job_id": job_id, "callback_url": callback_url}
+    generation = remote.call(
+        "POST", "/v1/generations", body={name: value for name, value in body.items() if value is not None}
+    )
+    if wait:
+        if not as_json:
+            out.print(f"watching {generation['id']} …", highlight=False)
+        while generation["completed_at"] is None:
+            generation = remote.call("GET", f"/v1/generations/{generation['id']}/wait", query={"timeout": 30})
+    _show(generation, as_json)
+    if wait and generation["status"] != "completed":
+        raise typer.Exit(1)
+
+
+@generations.command("list")
+def list_generations(
+    account: Filter = None,
+    provider: Filter = None,
+    job_id: Filter = None,
+    status: Filter = None,
+    since: Filter = None,
+    until: Filter = None,
+    limit: Limit = 50,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """List generations, the newest first."""
+    query = {
+        "account": account,
+        "provider": provider,
+        "job_id": job_id,
+        "status": status,
+        "since": since,
+        "until": until,
+        "limit": limit,
+    }
+    page = Remote(url, api_key).call("GET", "/v1/generations", query=query)
+    _table(page, ("id", "account", "job_id", "status", "watched_at", "duration_ms"), as_json)
+
+
+@generations.command("show")
+def show_generation(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Show a generation."""
+    _show(Remote(url, api_key).call("GET", f"/v1/generations/{id_}"), as_json)
+
+
+@generations.command("refresh")
+def refresh_generation(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Ask the provider now."""
+    _show(Remote(url, api_key).call("POST", f"/v1/generations/{id_}/refresh"), as_json)
+
+
+@endpoints.command("add")
+def add_endpoint(
+    endpoint_url: str,
+    description: Annotated[str | None, typer.Option()] = None,
+    event_type: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    account: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """Register a URL; its secret is shown."""
+    body = {
+        "url": endpoint_url,
+        "description": description,
+        "event_types": event_type or None,
+        "accounts": account or None,
+    }
+    _show(Remote(url, api_key).call("POST", "/v1/endpoints", body=body), as_json)
+
+
+@endpoints.command("list")
+def list_endpoints(limit: Limit = 50, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """List endpoints, the newest first."""
+    page = Remote(url, api_key).call("GET", "/v1/endpoints", query={"limit": limit})
+    _table(page, ("id", "url", "status", "event_types", "accounts", "created_at"), as_json)
+
+
+@endpoints.command("show")
+def show_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Show an endpoint."""
+    _show(Remote(url, api_key).call("GET", f"/v1/endpoints/{id_}"), as_json)
+
+
+@endpoints.command("test")
+def test_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Send endpoint.test and say how it went; 1 unless it was delivered."""
+    remote = Remote(url, api_key)
+    delivery = remote.call("POST", f"/v1/endpoints/{id_}/test")
+    delivery = _ended(remote, delivery["id"])
+    _show(delivery, as_json)
+    if delivery["status"] != "delivered":
+        raise typer.Exit(1)
+
+
+@endpoints.command("enable")
+def enable_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Enable an endpoint."""
+    _show(Remote(url, api_key).call("POST", f"/v1/endpoints/{id_}/enable"), as_json)
+
+
+@endpoints.command("disable")
+def disable_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Disable an endpoint; its open deliveries are canceled."""
+    _show(Remote(url, api_key).call("POST", f"/v1/endpoints/{id_}/disable"), as_json)
+
+
+@endpoints.command("rotate-secret")
+def rotate_secret(
+    id_: str,
+    overlap_seconds: Annotated[int, typer.Option(help="How long the old secret signs too.")] = 86_400,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """Give an endpoint a new secret."""
+    body = {"overlap_seconds": overlap_seconds}
+    _show(Remote(url, api_key).call("POST", f"/v1/endpoints/{id_}/secret/rotate", body=body), as_json)
+
+
+@endpoints.command("delete")
+def delete_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Delete an endpoint; its open deliveries are canceled."""
+    _show(Remote(url, api_key).call("DELETE", f"/v1/endpoints/{id_}") or {"deleted": id_}, as_json)
+
+
+@deliveries.command("list")
+def list_deliveries(
+    status: Filter = None,
+    endpoint_id: Annotated[str | None, typer.Option("--endpoint")] = None,
+    event_id: Annotated[str | None, typer.Option("--event")] = None,
+    generation_id: Annotated[str | None, typer.Option("--generation")] = None,
+    event_type: Filter = None,
+    since: Filter = None,
+    until: Filter = None,
+    limit: Limit = 50,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """List deliveries, the newest first."""
+    query = {
+        "status": status,
+        "endpoint_id": endpoint_id,
+        "event_id": event_id,
+        "generation_id": generation_id,
+        "event_type": event_type,
+        "since": since,
+        "until": until,
+        "limit": limit,
+    }
+    page = Remote(url, api_key).call("GET", "/v1/deliveries", query=query)
+    _table(page, ("id", "event_type", "url", "status", "attempt_count", "updated_at"), as_json)
+
+
+@deliveries.command("show")
+def show_delivery(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Show a delivery and its attempts."""
+    _show(Remote(url, api_key).call("GET", f"/v1/deliveries/{id_}"), as_json)
+
+
+@deliveries.command("replay")
+def replay_delivery(
+    id_: str,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Say how the next attempt went; 1 unless delivered.")
+    ] = False,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """Make a finished delivery pending again."""
+    remote = Remote(url, api_key)
+    delivery = remote.call("POST", f"/v1/deliveries/{id_}/replay")
+    if wait:
+        delivery = _ended(remote, id_, after=delivery["attempt_count"])
+    _show(delivery, as_json)
+    if wait and delivery["status"] != "delivered":
+        raise typer.Exit(1)
+
+
+def _ended(remote: Remote, delivery_id: str, *, after: int = 0) -> Any:
+    """The delivery once it was attempted more than `after` times, or is finished without."""
+    while True:
+        delivery = remote.call("GET", f"/v1/deliveries/{delivery_id}")
+        if delivery["attempt_count"] > after or delivery["status"] in ("failed", "canceled"):
+            return delivery
+        time.sleep(0.2)
+
+
+def _show(resource: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        out.print_json(json.dumps(resource))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in resource.items():
+        if name != "attempts" and value is not None:
+            table.add_row(f"[bold]{name}[/]", _cell(value))
+    out.print(table)
+    if resource.get("attempts"):
+        fields = ("number", "started_at", "trigger", "response_status", "duration_ms", "error")
+        _table({"data": resource["attempts"]}, fields, as_json)
+
+
+def _table(page: Mapping[str, Any], fields: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        out.print_json(json.dumps(page))
+        return
+    table = Table(*fields)
+    for one in page["data"]:
+        table.add_row(*(_cell(one[name]) for name in fields))
+    out.print(table)
+    if page.get("next_cursor"):
+        out.print("[dim]there are more: narrow the filters, or give a higher --limit[/]")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "[dim]–[/]"
+    if isinstance(value, dict | list):
+        return escape(json.dumps(value, ensure_ascii=False))
+    text = escape(str(value))
+    return f"[{COLORS[value]}]{text}[/]" if isinstance(value, str) and value in COLORS else text
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(f"[red]{escape(message)}[/]", highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
