@@ -1,6 +1,7 @@
 """Bytes to JSON and back: what Relay accepts from strangers, and what it signs and sends."""
 
 import json
+import math
 from typing import Any, NoReturn
 
 from relay.errors import Malformed
@@ -12,11 +13,16 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _refuse(digits)
+
+
 def parse(data: bytes) -> Any:
     """The JSON value in `data`. Raises Malformed for anything else: bad UTF-8, NaN, numbers of absurd
     length, nesting deeper than DEPTH."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse)
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise Malformed("the body is not UTF-8") from error
     except RecursionError as error:
@@ -37,12 +43,8 @@ def compact(value: Any) -> bytes:
 def _deeper_than(value: Any, depth: int) -> bool:
     level = [value]
     for _ in range(depth + 1):
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
+        level = [one for one in level if isinstance(one, dict | list)]
         if not level:
             return False
+        level = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
     return True

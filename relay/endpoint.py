@@ -88,7 +88,7 @@ def canonical_url(text: str, *, allow_http: bool, allow: Networks) -> str:
         raise ValueError("must begin with https://")
     if not host:
         raise ValueError("has no host")
-    if url.userinfo or "@" in text.split("//", 1)[-1].split("/", 1)[0]:
+    if url.userinfo or "@" in re.split(r"[/?#]", text.split("//", 1)[-1], maxsplit=1)[0]:
         raise ValueError("must not contain a user name or password")
     if "#" in text:
         raise ValueError("must not contain a fragment")
@@ -97,7 +97,7 @@ def canonical_url(text: str, *, allow_http: bool, allow: Networks) -> str:
     literal = _literal(host)
     if url.scheme == "http" and not allow_http and not _inside(literal, allow):
         raise ValueError("must begin with https:// (network.allow_http permits plain http)")
-    return str(url.copy_with(host=host.rstrip(".") if literal is None else host))
+    return str(url.copy_with(host=host.removesuffix(".") if literal is None else str(literal)))
 
 
 def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -111,7 +111,7 @@ def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         if getattr(address, "scope_id", None):
             raise ValueError("must not contain a zone id")
         return address
-    labels = host.rstrip(".").lower().split(".")
+    labels = host.removesuffix(".").lower().split(".")
     if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
         raise ValueError(f"has a host that cannot exist: {host!r}")
     # inet_aton reads 127.1, 0x7f.1 and 2130706433 as addresses: no such spelling is taken for a name.

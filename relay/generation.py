@@ -5,6 +5,7 @@ queued | processing ──deadline──► timed_out                  (it may s
 timed_out ──late answer──► completed | failed | canceled     (announced, marked late)
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -54,6 +55,11 @@ class Code(StrEnum):
     NO_OUTPUT = "no_output"
     TIMED_OUT = "timed_out"
     UNKNOWN = "unknown"
+
+
+def is_job_id(text: str) -> bool:
+    """Whether a provider's job id can be asked about: visible ASCII that stays one part of a URL's path."""
+    return text not in (".", "..") and re.fullmatch(r"[\x21-\x7e]{1,255}", text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +154,8 @@ class Generation:
         if self.status in FINAL:
             return None
         update = _with_its_output(update)
+        if self.status is Status.PROCESSING and update.status is Status.QUEUED:
+            return None
         moves = update.status is not None and update.status in MOVES[self.status]
         if self.status is Status.TIMED_OUT and not moves:
             return None

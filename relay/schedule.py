@@ -81,7 +81,7 @@ def next_ask(
     if generation.status in FINAL:
         return None
     if generation.status is Status.TIMED_OUT:
-        due_at = now + max(LATE_PAUSE, pace.interval)
+        due_at = now + max(LATE_PAUSE, pace.interval, _told_to_wait(error))
         return due_at if due_at <= generation.deadline_at + LATE_WATCH else None
     if generation.job_id is None and generation.claimed_job_id is None:
         return generation.deadline_at
@@ -89,14 +89,18 @@ def next_ask(
     return min(now + round(pause * (1 + 0.1 * spread)), max(now, generation.deadline_at))
 
 
+def _told_to_wait(error: ProviderError | None) -> int:
+    return min(error.retry_after or 0, LONGEST_RETRY_AFTER) if error is not None else 0
+
+
 def _pause(generation: Generation, pace: Pace, *, now: int, error: ProviderError | None) -> int:
     if error is not None:
         backoff = min(pace.interval << min(generation.errors, 16), LONGEST_BACKOFF)
-        return max(backoff, min(error.retry_after or 0, LONGEST_RETRY_AFTER))
+        return max(pace.interval, backoff, _told_to_wait(error))
     if generation.missing:
         return pace.interval * MISSING_PAUSES[min(generation.missing, len(MISSING_PAUSES)) - 1]
     if generation.hint_asks:
-        return AFTER_CALLBACK[generation.hint_asks - 1]
+        return AFTER_CALLBACK[min(generation.hint_asks, len(AFTER_CALLBACK)) - 1]
     if generation.awaits_callback:
         return max(pace.backstop, pace.interval)
     age = now - generation.created_at

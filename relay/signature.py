@@ -34,6 +34,9 @@ def secret_key(secret: str) -> bytes:
         key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
     except binascii.Error as error:
         raise ValueError("must be whsec_ followed by standard base64") from error
+    # Surplus padding is read by some decoders and refused by others.
+    if base64.b64encode(key).decode() != secret.removeprefix(PREFIX):
+        raise ValueError("must be whsec_ followed by standard base64")
     if not _SHORTEST <= len(key) <= _LONGEST:
         raise ValueError(f"must hold {_SHORTEST} to {_LONGEST} bytes, not {len(key)}")
     return key

@@ -5,7 +5,9 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
 _UNITS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_LONGEST = 3650 * 86_400_000
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_YEAR_10000 = 253_402_300_800_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -15,14 +17,15 @@ def rfc3339(at: int) -> str:
 
 
 def parse_rfc3339(text: object) -> int | None:
-    """Unix milliseconds of an ISO 8601 time, None for what is not one; without an offset it is UTC."""
+    """Unix milliseconds of an ISO 8601 time since 1970, else None; without an offset it is UTC."""
     if not isinstance(text, str):
         return None
     try:
         at = datetime.fromisoformat(text)
-        return round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
+        milliseconds = round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
     except (ValueError, OverflowError):
         return None
+    return milliseconds if 0 <= milliseconds < _YEAR_10000 else None
 
 
 def parse_duration(text: str) -> int:
@@ -30,7 +33,10 @@ def parse_duration(text: str) -> int:
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a duration: write 500ms, 5s, 10m, 2h or 30d")
-    return round(float(match[1]) * _UNITS[match[2]])
+    milliseconds = float(match[1]) * _UNITS[match[2]]
+    if milliseconds > _LONGEST:
+        raise ValueError(f"{text!r} is longer than ten years")
+    return round(milliseconds)
 
 
 def parse_retry_after(text: str | None, now: int) -> int | None:
@@ -44,7 +50,7 @@ def parse_retry_after(text: str | None, now: int) -> int | None:
         return int(text) * 1000
     try:
         at = parsedate_to_datetime(text)
-    except (ValueError, TypeError):
+        wait = round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000) - now
+    except (ValueError, TypeError, OverflowError):
         return None
-    wait = round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000) - now
     return wait if wait > 0 else None

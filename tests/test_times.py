@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from relay.times import parse_duration, parse_retry_after, parse_rfc3339, rfc3339
 
-FIRST = round(datetime(1, 1, 1, tzinfo=UTC).timestamp() * 1000)
+FIRST = 0
 LAST = round(datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp() * 1000)
 NOW = 1_773_671_412_000
 

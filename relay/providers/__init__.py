@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 
 from relay.body import parse
 from relay.errors import ConfigError, Malformed, ProviderError
-from relay.generation import Code, Output, Problem, Status, Update
+from relay.generation import Code, Output, Problem, Status, Update, is_job_id
 from relay.schedule import Pace
 from relay.times import parse_retry_after
 
@@ -26,6 +26,9 @@ PROVIDERS = {
     "pixellabs": "relay.providers.pixellabs:PixelLabs",
     "vivix": "relay.providers.vivix:Vivix",
 }
+# Only what Python itself knows: the tables of machines differ.
+_TYPES = mimetypes.MimeTypes(filenames=())
+KINDS = frozenset({"image", "video", "audio", "3d", "text"})
 _MODELS = {".glb", ".gltf", ".obj", ".fbx", ".usdz", ".stl", ".ply"}
 
 
@@ -60,8 +63,15 @@ class Provider(ABC):
         return f"Bearer {api_key}"
 
     def not_found(self, status: int, answer: Any) -> bool:
-        """Whether a refusal means that this account has no such job."""
-        return status == 404
+        """Whether a refusal means that this account has no such job; `answer` is its JSON, if it is any.
+
+        A page of some gateway is not the provider's word.
+        """
+        return status == 404 and isinstance(answer, dict)
+
+    def complaint(self, answer: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        """The code and the message in a refusal."""
+        return text(answer.get("error")), text(answer.get("message")) or text(answer.get("detail"))
 
     def claimed_job(self, callback: Any) -> str | None:
         """The job id that a callback's JSON names; only ever a claim."""
@@ -83,6 +93,9 @@ class Account:
         return f"Account({self.name!r}, {self.provider.name!r})"
 
     def url(self, job_id: str) -> str:
+        """Where a job is asked about. Raises ValueError for what is no job id."""
+        if not is_job_id(job_id):
+            raise ValueError(f"{job_id[:50]!r} is not a job id")
         return self.base_url.rstrip("/") + self.provider.path(quote(job_id, safe=""))
 
 
@@ -110,24 +123,23 @@ def understand(provider: Provider, reply: Reply, *, now: int) -> Update:
     if 200 <= reply.status <= 299:
         return provider.read(_object(reply), now=now)
     try:
-        answer = parse(reply.body)
+        answer = parse(reply.body) if reply.body.strip() else {}
     except Malformed:
         answer = None
+    code, message = provider.complaint(answer) if isinstance(answer, dict) else (None, None)
     if provider.not_found(reply.status, answer):
-        return missing(answer, f"{provider.name} has no such job for this account")
+        return missing(answer, message or f"{provider.name} has no such job for this account", code)
     retry_after = parse_retry_after(reply.headers.get("retry-after"), now)
     said = f"{provider.name} answered {reply.status}"
-    if isinstance(answer, dict):
-        words = [text(answer.get(key)) for key in ("error", "message", "detail")]
-        said += "".join(f": {word[:200]}" for word in words if word)
+    said += "".join(f": {word[:200]}" for word in (code, message) if word)
     code = {401: "unauthorized", 403: "blocked", 429: "rate_limited"}.get(reply.status, "unavailable")
     raise ProviderError(code, said, retry_after=retry_after)
 
 
-def missing(answer: Any, message: str) -> Update:
+def missing(answer: Any, message: str, code: str | None, provider_status: str | None = None) -> Update:
     """The update of a job that the provider does not know."""
-    problem = Problem(Code.NOT_FOUND, message, retryable=False)
-    return Update(status=Status.FAILED, error=problem, raw=answer)
+    problem = Problem(Code.NOT_FOUND, message, retryable=False, provider_code=code)
+    return Update(status=Status.FAILED, provider_status=provider_status, error=problem, raw=answer)
 
 
 def _object(reply: Reply) -> Mapping[str, Any]:
@@ -198,8 +210,8 @@ def _media(url: str) -> tuple[str | None, str | None]:
         path = urlsplit(url).path
     except ValueError:
         return None, None
-    content_type, _ = mimetypes.guess_type(path, strict=False)
+    content_type, _ = _TYPES.guess_type(path, strict=False)
     if posixpath.splitext(path)[1].lower() in _MODELS:
         return "3d", content_type
     main = (content_type or "").partition("/")[0]
-    return (main if main in ("image", "video", "audio", "text") else None), content_type
+    return (main if main in KINDS else None), content_type

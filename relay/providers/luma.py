@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from relay.generation import Code, Output, Problem, Status, Update
-from relay.providers import Provider, output, text
+from relay.providers import KINDS, Provider, output, text
 from relay.schedule import Pace
 from relay.times import parse_rfc3339
 
@@ -30,7 +30,7 @@ class Luma(Provider):
         return Update(
             status=status,
             provider_status=word,
-            kind=kind if kind in ("image", "video", "audio") else next((o.kind for o in outputs), None),
+            kind=kind if kind in KINDS else next((one.kind for one in outputs if one.kind in KINDS), None),
             model=text(answer.get("model")),
             outputs=outputs,
             error=_problem(answer) if status is Status.FAILED else None,

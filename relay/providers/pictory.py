@@ -28,29 +28,36 @@ class Pictory(Provider):
     def claimed_job(self, callback: Any) -> str | None:
         return text(callback.get("job_id")) if isinstance(callback, dict) else None
 
+    def complaint(self, answer: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        data = _data(answer)
+        code = data.get("error_code", answer.get("error_code"))
+        message = data.get("error_message", answer.get("error_message", answer.get("message")))
+        return (None if code is None else str(code)), text(message)
+
     def read(self, answer: Mapping[str, Any], *, now: int) -> Update:
-        data = answer.get("data")
-        data = data if isinstance(data, dict) else {}
+        data = _data(answer)
         word = text(data.get("status"))
         status = STATUSES.get(word or "")
+        code, message = self.complaint(answer)
+        if code == UNKNOWN_JOB or message == "JOB_NOT_FOUND":
+            return missing(answer, message or "JOB_NOT_FOUND", code, word)
         if answer.get("success") is False:
             status = Status.FAILED
-        code = data.get("error_code", answer.get("error_code"))
-        message = text(data.get("error_message", answer.get("error_message")))
-        if status is Status.FAILED and (str(code) == UNKNOWN_JOB or message == "JOB_NOT_FOUND"):
-            return missing(answer, message or "JOB_NOT_FOUND")
         outputs = _outputs(data) if status is Status.COMPLETED else ()
-        progress = number(data.get("renderProgress", data.get("progress")))
         return Update(
             status=status,
             provider_status=word,
             kind=outputs[0].kind if outputs else None,
-            progress=min(progress / 100, 1.0) if progress is not None else None,
             outputs=outputs,
             error=_problem(code, message) if status is Status.FAILED else None,
             credits=number(data.get("aiCreditsUsed")),
             raw=answer,
         )
+
+
+def _data(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    data = answer.get("data")
+    return data if isinstance(data, dict) else {}
 
 
 def _outputs(data: Mapping[str, Any]) -> tuple[Output, ...]:
@@ -63,10 +70,9 @@ def _outputs(data: Mapping[str, Any]) -> tuple[Output, ...]:
     return output(data.get("url"), kind="image", content_type="image/png", **size)
 
 
-def _problem(code: Any, message: str | None) -> Problem:
-    provider_code = str(code) if code is not None else None
-    known = Code.PROVIDER_ERROR if (provider_code or "").endswith("_FAILED") else Code.UNKNOWN
-    return Problem(known, message or provider_code or "Pictory gave no reason", provider_code=provider_code)
+def _problem(code: str | None, message: str | None) -> Problem:
+    known = Code.PROVIDER_ERROR if (code or "").endswith("_FAILED") else Code.UNKNOWN
+    return Problem(known, message or code or "Pictory gave no reason", provider_code=code)
 
 
 UNKNOWN_JOB = "5000"

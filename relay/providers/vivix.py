@@ -21,7 +21,7 @@ class Vivix(Provider):
 
     def not_found(self, status: int, answer: Any) -> bool:
         code = answer.get("error") if isinstance(answer, dict) else None
-        return status == 404 or (status == 403 and code == "NOT_YOURS")
+        return super().not_found(status, answer) or (status == 403 and code == "NOT_YOURS")
 
     def read(self, answer: Mapping[str, Any], *, now: int) -> Update:
         word = text(answer.get("status"))

@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from relay.body import parse
 from relay.errors import Malformed, NotFound
+from relay.generation import is_job_id
 from relay.store.generations import Hint
 from relay.web.context import State
 from relay.web.operation import read_body
@@ -27,6 +28,8 @@ async def receive(request: Request[State]) -> Response:
     try:
         claimed = account.provider.claimed_job(parse(body))
     except Malformed:
+        claimed = None
+    if claimed is not None and not is_job_id(claimed):
         claimed = None
     log.info("callback.received", extra={"account": name, "generation": generation_id, "job": claimed})
     await relay.hint(Hint(generation_id, claimed))

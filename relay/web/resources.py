@@ -1,6 +1,5 @@
 """What goes in and out of the API, field by field: validation and OpenAPI are both made from these."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
@@ -28,8 +27,8 @@ def _event_type(value: str) -> str:
 
 
 def _job_id(value: str) -> str:
-    if value in (".", "..") or not re.fullmatch(r"[\x21-\x7e]{1,255}", value):
-        raise ValueError("must be 1 to 255 visible ASCII characters")
+    if not generation.is_job_id(value):
+        raise ValueError("must be 1 to 255 visible ASCII characters, and not only dots")
     return value
 
 
