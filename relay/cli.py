@@ -18,7 +18,7 @@ from relay.app import wall_clock
 from relay.check import check as findings
 from relay.config import load_config
 from relay.demo import demo as run_demo
-from relay.errors import ConfigError
+from relay.errors import ConfigError, StoreError
 from relay.logs import set_up
 from relay.remote import deliveries, endpoints, generations, track
 from relay.server import Server, bind, origin
@@ -49,9 +49,9 @@ def main() -> None:
     """The entry point of `relay`."""
     try:
         app()
-    except ConfigError as error:
+    except (ConfigError, StoreError) as error:
         for line in str(error).splitlines():
-            err.print(f"[red]configuration:[/] {escape(line)}", highlight=False, soft_wrap=True)
+            err.print(f"[red]relay:[/] {escape(line)}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

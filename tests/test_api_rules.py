@@ -52,7 +52,6 @@ async def nothing_exists(relay: RunningRelay) -> bool:
         None,
         "",
         "Bearer",
-        "Bearer ",
         "Bearer wrong",
         f"Bearer {ADMIN_KEY[:-1]}",
         f"Bearer {ADMIN_KEY} more",
@@ -91,13 +90,22 @@ async def test_an_unknown_id_is_not_found_by_any_operation(world: World) -> None
 
 async def test_unknown_paths_and_methods_are_problems(world: World) -> None:
     relay = await world.relay()
-    for path in ("/", "/v1", "/v1/nope", "/v1/endpoints/a/b/c", "/v2/endpoints", "/v1/endpoints/"):
+    for path in ("/", "/v1", "/v1/nope", "/v1/endpoints/a/b/c", "/v2/endpoints"):
         answer = await relay.api.get(path)
         assert answer.status_code == 404, f"{path}: {answer.status_code}"
         assert fields(answer) == []
     for method, path in (("PUT", "/v1/endpoints/x"), ("POST", "/healthz"), ("GET", "/hooks/pictory/x")):
         answer = await relay.api.request(method, path)
         assert answer.status_code == 405, f"{method} {path}"
+        assert fields(answer) == []
+
+
+async def test_a_path_with_a_slash_too_many_is_unknown_rather_than_redirected(world: World) -> None:
+    relay = await world.relay()
+    hook = (await relay.api.post("/v1/generations", json={"account": "pictory"})).json()["webhook_url"]
+    for method, path in (("GET", "/v1/endpoints/"), ("POST", "/v1/generations/"), ("POST", hook + "/")):
+        answer = await relay.api.request(method, path, json={})
+        assert answer.status_code == 404, f"{path}: {answer.status_code} {answer.headers.get('location')}"
         assert fields(answer) == []
 
 
@@ -359,7 +367,6 @@ async def test_a_callback_without_a_valid_token_is_not_found_and_does_nothing(wo
         f"/hooks/pictory/{before['id']}",
         f"/hooks/pictory/{token[:-1]}",
         f"/hooks/pictory/{token}x",
-        f"/hooks/pictory/{token}/",
         f"/hooks/pictory/x{token}",
         "/hooks/pictory/" + token.replace(".", "", 1),
         "/hooks/pictory/%00%ff",
