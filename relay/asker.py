@@ -12,7 +12,7 @@ from httpx_aiohttp import AiohttpTransport
 from relay import __version__
 from relay.errors import ProviderError
 from relay.generation import Update
-from relay.guard import Guard, connector
+from relay.guard import Guard, connector, reason
 from relay.providers import Account, Reply, understand
 
 TIMEOUT = 20.0
@@ -69,8 +69,7 @@ class Asker:
         except TimeoutError as error:
             raise ProviderError("unreachable", f"no whole answer within {TIMEOUT:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL, ClientError, OSError, ValueError) as error:
-            said = str(error)[:300] or type(error).__name__
-            raise ProviderError("unreachable", f"cannot be asked: {said}") from error
+            raise ProviderError("unreachable", f"cannot be asked: {reason(error)}") from error
         body = body.replace(account.api_key.encode(), b"[redacted]")
         return Reply(response.status_code, _CAPABILITY.sub(rb"\1[redacted]", body), dict(response.headers))
 

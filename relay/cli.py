@@ -121,7 +121,8 @@ def simulate(
     simulator = Simulator(seed=seed, median=median)
     bound = bind(host, port)
     for name, url in Simulator.base_urls(origin(bound)).items():
-        out.print(f"{name}: base_url: {url}  api_key: {simulator.keys[name]}", highlight=False)
+        line = f"{name}: base_url: {url}  api_key: {simulator.keys[name]}"
+        out.print(line, highlight=False, soft_wrap=True)
 
     async def run() -> None:
         server = Server(simulator.app)

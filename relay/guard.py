@@ -6,6 +6,7 @@ The lists are the special-purpose registries of IANA and what clouds put beside 
 
 import asyncio
 import ipaddress
+import os
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -112,3 +113,21 @@ def connector(guard: Guard, *, keepalive: float, limit: int) -> TCPConnector:
         keepalive_timeout=keepalive,
         limit=limit,
     )
+
+
+def cause(error: BaseException) -> BaseException:
+    """What a client's error is about, however deep the client has wrapped it."""
+    for _ in range(8):
+        inner = getattr(error, "os_error", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a few words for people."""
+    found = cause(error)
+    if isinstance(found, OSError) and found.errno is not None and found.errno > 0:
+        return os.strerror(found.errno)
+    return str(found)[:300] or str(error)[:300] or type(error).__name__

@@ -7,7 +7,7 @@ import time
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 # These print URLs and headers of requests, and with them credentials, at lower levels.
-_TALKATIVE = ("httpx", "httpcore", "aiohttp", "apscheduler", "aiosqlite", "uvicorn.access")
+_TALKATIVE = ("httpx", "httpcore", "aiohttp", "apscheduler", "aiosqlite", "uvicorn")
 
 
 class WideFormatter(logging.Formatter):

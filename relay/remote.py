@@ -1,6 +1,7 @@
 """Commands that ask a running relay over its API. `--json` prints what the API answered."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ import httpx
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-out, err = Console(), Console(stderr=True)
+# Ids must come out whole where a program or a pipe reads them.
+out, err = Console(width=None if sys.stdout.isatty() else 240), Console(stderr=True)
 generations = typer.Typer(no_args_is_help=True)
 endpoints = typer.Typer(no_args_is_help=True)
 deliveries = typer.Typer(no_args_is_help=True)
@@ -293,7 +295,7 @@ def _table(page: Mapping[str, Any], fields: Sequence[str], as_json: bool) -> Non
     if as_json:
         out.print_json(json.dumps(page))
         return
-    table = Table(*fields)
+    table = Table(*(Column(name, no_wrap=name in ("id", "status"), overflow="fold") for name in fields))
     for one in page["data"]:
         table.add_row(*(_cell(one[name]) for name in fields))
     out.print(table)

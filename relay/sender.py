@@ -11,7 +11,7 @@ from yarl import URL
 
 from relay import __version__
 from relay.delivery import Answer, Code
-from relay.guard import BlockedAddress, Guard, connector
+from relay.guard import BlockedAddress, Guard, cause, connector, reason
 from relay.times import parse_retry_after
 
 USER_AGENT = f"Relay/{__version__}"
@@ -112,20 +112,9 @@ def _judge(status: int) -> tuple[Code | None, str | None]:
 
 
 def _explain(error: Exception, timeout: int) -> tuple[Code, str]:
-    blocked = _blocked(error)
-    if blocked is not None:
-        return Code.BLOCKED_ADDRESS, str(blocked)
+    if isinstance(cause(error), BlockedAddress):
+        return Code.BLOCKED_ADDRESS, str(cause(error))
     code = next((code for kind, code in _FAILURES if isinstance(error, kind)), Code.INTERNAL)
     if code is Code.TIMEOUT:
         return code, f"no whole answer within {timeout / 1000:g} s"
-    return code, str(error)[:500] or type(error).__name__
-
-
-def _blocked(error: BaseException | None) -> BlockedAddress | None:
-    """The guard's refusal, however deep the client has wrapped it."""
-    for _ in range(8):
-        if error is None or isinstance(error, BlockedAddress):
-            return error
-        inner = getattr(error, "os_error", None) or error.__cause__
-        error = inner if isinstance(inner, BaseException) else None
-    return None
+    return code, reason(error)

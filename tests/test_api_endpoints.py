@@ -1,0 +1,345 @@
+"""Endpoints over the API: registered, changed, tested, rotated, disabled, deleted."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import pytest
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from tests.conftest import RunningRelay, World
+from tests.serving import Received
+
+URL = "https://hooks.example.com/relay"
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+ENDINGS = ["generation.completed", "generation.failed", "generation.canceled", "generation.timed_out"]
+
+
+def named(answer: httpx.Response) -> list[str]:
+    return [one["field"] for one in answer.json()["errors"]]
+
+
+def accepts(secret: str, received: Received) -> bool:
+    """Whether the official package takes the webhook for one signed with the secret."""
+    try:
+        Webhook(secret).verify(received.body, received.headers)
+    except WebhookVerificationError:
+        return False
+    return True
+
+
+async def send_test(world: World, relay: RunningRelay, endpoint_id: str) -> Received:
+    answer = await relay.api.post(f"/v1/endpoints/{endpoint_id}/test")
+    assert answer.status_code == 202, answer.text
+    event_id = answer.json()["event_id"]
+
+    def arrived(received: Sequence[Received]) -> bool:
+        return any(one.headers["webhook-id"] == event_id for one in received)
+
+    received = await world.subscriber.until(arrived)
+    return next(one for one in received if one.headers["webhook-id"] == event_id)
+
+
+async def test_an_endpoint_is_kept_as_given_and_its_secret_shown_only_where_promised(world: World) -> None:
+    relay = await world.relay()
+    given = {
+        "url": URL,
+        "description": "orders",
+        "event_types": ["generation.completed", "my.own_type"],
+        "accounts": ["luma", "vivix"],
+        "headers": {"x-tenant": "a b"},
+        "metadata": {"order": 42, "deep": [{"a": None}]},
+    }
+    answer = await relay.api.post("/v1/endpoints", json=given)
+    assert answer.status_code == 201
+    created = answer.json()
+    assert {name: created[name] for name in given} == given
+    assert (created["status"], created["disabled_reason"]) == ("enabled", None)
+    assert created["secret"].startswith("whsec_")
+    path = f"/v1/endpoints/{created['id']}"
+    assert (await relay.api.get(path + "/secret")).json()["secret"] == created["secret"]
+    without = {name: value for name, value in created.items() if name != "secret"}
+    assert (await relay.api.get(path)).json() == without
+    for shown in (
+        await relay.api.get("/v1/endpoints"),
+        await relay.api.patch(path, json={"description": "x"}),
+        await relay.api.post(path + "/disable"),
+        await relay.api.post(path + "/enable"),
+    ):
+        assert shown.status_code == 200
+        assert created["secret"] not in shown.text
+    own = await relay.api.post("/v1/endpoints", json={"url": URL, "secret": SECRET})
+    assert own.json()["secret"] == SECRET
+    other = await relay.api.post("/v1/endpoints", json={"url": URL})
+    assert other.json()["secret"] != created["secret"], "the same URL twice: two endpoints, two secrets"
+
+
+IMPOSSIBLE_URLS = [
+    "",
+    " ",
+    "hooks.example.com",
+    "//hooks.example.com/",
+    "/relative",
+    "ftp://hooks.example.com/",
+    "javascript:alert(1)",
+    "file:///etc/passwd",
+    "https://",
+    "https:///path",
+    "https://:443/",
+    "https://hooks.example.com:99999/",
+    "https://hooks.example.com:0/",
+    "https://hooks.example.com:x/",
+    "https://user:password@hooks.example.com/",
+    "https://hooks.example.com/\r\nx: y",
+    "https://hooks example.com/",
+    "https://hooks.example.com/a b",
+    "https://-.example.com/",
+    "https://a..example.com/",
+    "https://" + "a" * 64 + ".example.com/",
+    "https://[::1/",
+    "https://[fe80::1%25eth0]/",
+    "https://999.1.1.1/",
+    "https://2130706433/",
+    "https://0x7f.1/",
+    "http://hooks.example.com/",
+    "https://hooks.example.com/" + "a" * 100_000,
+]
+WRONG = [
+    ({}, "url"),
+    ({"url": 5}, "url"),
+    ({"url": None}, "url"),
+    ({"url": [URL]}, "url"),
+    ({"url": URL, "colour": "red"}, "colour"),
+    ({"url": URL, "id": "ep_x"}, "id"),
+    ({"url": URL, "description": 5}, "description"),
+    ({"url": URL, "event_types": "generation.completed"}, "event_types"),
+    ({"url": URL, "event_types": [1]}, "event_types.0"),
+    ({"url": URL, "event_types": ["a b"]}, "event_types.0"),
+    ({"url": URL, "accounts": ["nobody"]}, "accounts"),
+    ({"url": URL, "accounts": {"luma": True}}, "accounts"),
+    ({"url": URL, "headers": {"x-a": 1}}, "headers.x-a"),
+    ({"url": URL, "headers": {"x-a": "b\r\nx-c: d"}}, "headers"),
+    ({"url": URL, "headers": {"webhook-signature": "v1,x"}}, "headers"),
+    ({"url": URL, "headers": {"Host": "other.example"}}, "headers"),
+    ({"url": URL, "secret": "whsec_"}, "secret"),
+    ({"url": URL, "secret": "x" * 32}, "secret"),
+    ({"url": URL, "secret": 5}, "secret"),
+    ({"url": URL, "metadata": [1]}, "metadata"),
+    ({"url": URL, "metadata": "x"}, "metadata"),
+]
+
+
+async def test_impossible_urls_and_wrong_fields_are_named_and_nothing_is_created(world: World) -> None:
+    relay = await world.relay()
+    for body, field in [*WRONG, *(({"url": url}, "url") for url in IMPOSSIBLE_URLS)]:
+        answer = await relay.api.post("/v1/endpoints", json=body)
+        assert answer.status_code == 422, f"{str(body)[:100]}: {answer.status_code}"
+        assert named(answer) == [field], str(body)[:100]
+    both = await relay.api.post("/v1/endpoints", json={"url": 5, "colour": "red"})
+    assert set(named(both)) == {"url", "colour"}
+    assert (await relay.api.get("/v1/endpoints")).json()["data"] == []
+
+
+async def test_a_patch_changes_what_it_names_and_nothing_else(world: World) -> None:
+    relay = await world.relay()
+    fields = {"description": "a", "event_types": ["my.type"], "accounts": ["luma"], "metadata": {"a": 1}}
+    created = await world.endpoint(relay, **fields)
+    path = f"/v1/endpoints/{created['id']}"
+    before = (await relay.api.get(path)).json()
+    assert (await relay.api.patch(path, json={})).status_code == 200
+    for body in (
+        {"description": "b"},
+        {"metadata": {"b": 2}},
+        {"event_types": ["generation.failed"]},
+        {"accounts": None},
+        {"description": None},
+        {"event_types": None},
+        {"headers": {"x-a": "b"}},
+        {"url": "https://other.example/hook", "headers": {"x-a": "c"}},
+    ):
+        world.clock.forward(seconds=0.01)
+        answer = await relay.api.patch(path, json=body)
+        after = answer.json()
+        assert answer.status_code == 200
+        assert after == before | body | {"updated_at": after["updated_at"]}
+        assert after["updated_at"] > before["updated_at"]
+        assert (await relay.api.get(path)).json() == after
+        before = after
+    for body, field in (
+        ({"url": "ftp://x.example"}, "url"),
+        ({"url": None}, "url"),
+        ({"status": "disabled"}, "status"),
+        ({"secret": SECRET}, "secret"),
+        ({"accounts": ["nobody"]}, "accounts"),
+        ({"description": "c", "event_types": 5}, "event_types"),
+    ):
+        answer = await relay.api.patch(path, json=body)
+        assert (answer.status_code, named(answer)) == (422, [field])
+    assert (await relay.api.get(path)).json() == before
+    assert (await relay.api.get(path + "/secret")).json()["secret"] == created["secret"]
+
+
+async def test_changes_at_the_same_time_do_not_undo_each_other(world: World) -> None:
+    relay = await world.relay()
+    path = f"/v1/endpoints/{(await world.endpoint(relay))['id']}"
+    for n in range(5):
+        answers = await asyncio.gather(
+            relay.api.patch(path, json={"description": str(n)}),
+            relay.api.patch(path, json={"metadata": {"n": n}}),
+        )
+        assert {answer.status_code for answer in answers} == {200}
+        after = (await relay.api.get(path)).json()
+        assert (after["description"], after["metadata"]) == (str(n), {"n": n})
+
+
+async def test_a_change_at_the_same_time_does_not_bring_back_the_rotated_secret(world: World) -> None:
+    relay = await world.relay()
+    path = f"/v1/endpoints/{(await world.endpoint(relay))['id']}"
+    for n in range(5):
+        rotated, *_ = await asyncio.gather(
+            relay.api.post(path + "/secret/rotate"),
+            *(relay.api.patch(path, json={"metadata": {"n": n}}) for _ in range(3)),
+        )
+        assert (await relay.api.get(path + "/secret")).json()["secret"] == rotated.json()["secret"]
+
+
+async def test_an_endpoint_receives_only_what_its_filter_wants(world: World) -> None:
+    relay = await world.relay()
+    wanted = {
+        "/endings": {},
+        "/failures": {"event_types": ["generation.failed"]},
+        "/luma": {"accounts": ["luma"]},
+        "/luma-completed": {"accounts": ["luma", "vivix"], "event_types": ["generation.completed"]},
+        "/own": {"event_types": ["my.type"]},
+    }
+    for path, fields in wanted.items():
+        await world.endpoint(relay, path, **fields)
+    for provider, outcome in (("luma", "completed"), ("luma", "failed"), ("pixellabs", "failed")):
+        await world.watch(relay, provider, outcome=outcome, duration=0)
+    deliveries = await relay.eventually(
+        "/v1/deliveries",
+        lambda page: len(page["data"]) == 8 and all(one["status"] == "delivered" for one in page["data"]),
+    )
+    assert len(deliveries["data"]) == 8
+    got: dict[str, list[tuple[str, str]]] = {path: [] for path in wanted}
+    for one in world.subscriber.received:
+        event = json.loads(one.body)
+        got[one.path].append((event["data"]["account"], event["type"].removeprefix("generation.")))
+    everything = {("luma", "completed"), ("luma", "failed"), ("pixellabs", "failed")}
+    assert {path: set(found) for path, found in got.items()} == {
+        "/endings": everything,
+        "/failures": {("luma", "failed"), ("pixellabs", "failed")},
+        "/luma": {("luma", "completed"), ("luma", "failed")},
+        "/luma-completed": {("luma", "completed")},
+        "/own": set(),
+    }
+
+
+async def test_a_test_event_comes_signed_whatever_the_filter_and_with_the_endpoints_headers(
+    world: World,
+) -> None:
+    relay = await world.relay()
+    endpoint = await world.endpoint(
+        relay, "/hook?a=b", event_types=["my.type"], accounts=["luma"], headers={"x-tenant": "7"}
+    )
+    await world.endpoint(relay, "/another")
+    received = await send_test(world, relay, endpoint["id"])
+    assert accepts(endpoint["secret"], received)
+    event = json.loads(received.body)
+    assert event["type"] == "endpoint.test"
+    assert event["timestamp"].endswith("Z")
+    assert isinstance(event["data"], dict)
+    assert received.body == json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode(), "compact"
+    assert received.path == "/hook"
+    headers = received.headers
+    assert headers["x-tenant"] == "7"
+    assert headers["content-type"] == "application/json"
+    assert headers["user-agent"].startswith("Relay/")
+    assert abs(int(headers["webhook-timestamp"]) - world.clock() / 1000) < 60
+    [listed] = (await relay.api.get("/v1/deliveries")).json()["data"]
+    assert (listed["endpoint_id"], listed["event_type"]) == (endpoint["id"], "endpoint.test")
+
+
+async def test_a_rotated_secret_signs_beside_the_old_one_until_the_overlap_is_over(world: World) -> None:
+    relay = await world.relay()
+    endpoint = await world.endpoint(relay)
+    rotate = f"/v1/endpoints/{endpoint['id']}/secret/rotate"
+    old = endpoint["secret"]
+    started = world.clock()
+    answer = await relay.api.post(rotate, json={})
+    assert answer.status_code == 200
+    new = answer.json()["secret"]
+    assert new != old
+    assert (await relay.api.get(f"/v1/endpoints/{endpoint['id']}/secret")).json() == answer.json()
+    received = await send_test(world, relay, endpoint["id"])
+    assert received.headers["webhook-signature"].count("v1,") == 2
+    assert accepts(new, received)
+    assert accepts(old, received)
+
+    again = await relay.api.post(rotate, json={"secret": SECRET, "overlap_seconds": 60})
+    assert again.json()["secret"] == SECRET
+    received = await send_test(world, relay, endpoint["id"])
+    assert accepts(SECRET, received)
+    assert accepts(new, received)
+    world.clock.forward(seconds=61)
+    received = await send_test(world, relay, endpoint["id"])
+    assert accepts(SECRET, received)
+    assert not accepts(new, received), "its overlap is over"
+
+    answer = await relay.api.post(rotate, json={"overlap_seconds": 0})
+    received = await send_test(world, relay, endpoint["id"])
+    assert accepts(answer.json()["secret"], received)
+    assert not accepts(SECRET, received)
+    for body, field in (
+        ({"overlap_seconds": -1}, "overlap_seconds"),
+        ({"overlap_seconds": "1"}, "overlap_seconds"),
+        ({"secret": "short"}, "secret"),
+        ({"colour": "red"}, "colour"),
+    ):
+        refused = await relay.api.post(rotate, json=body)
+        assert (refused.status_code, named(refused)) == (422, [field])
+    assert world.clock() - started < 5 * 60_000, "or the signatures are too old for the package"
+
+
+@pytest.mark.parametrize(
+    ("method", "action"), [("POST", "/disable"), ("DELETE", "")], ids=["disabled", "deleted"]
+)
+async def test_what_is_pending_is_canceled_and_nothing_more_is_sent(
+    world: World, method: str, action: str
+) -> None:
+    relay = await world.relay()
+    world.subscriber.answer(500, path="/failing")
+    endpoint, other = await world.endpoint(relay, "/failing"), await world.endpoint(relay, "/other")
+    path = f"/v1/endpoints/{endpoint['id']}"
+    delivery = (await relay.api.post(path + "/test")).json()
+    await relay.eventually(
+        f"/v1/deliveries/{delivery['id']}", lambda one: one["status"] == "pending" and one["attempts"]
+    )
+    assert (await relay.api.request(method, path + action)).is_success
+    canceled = (await relay.api.get(f"/v1/deliveries/{delivery['id']}")).json()
+    assert (canceled["status"], canceled["next_attempt_at"]) == ("canceled", None)
+    await world.watch(relay, "luma", duration=0)
+    await world.subscriber.got(1, path="/other")
+    listed = (await relay.api.get("/v1/deliveries", params={"endpoint_id": endpoint["id"]})).json()["data"]
+    assert [one["id"] for one in listed] == [delivery["id"]], "no delivery for the new event"
+    replayed = await relay.api.post(f"/v1/deliveries/{delivery['id']}/replay")
+    assert replayed.status_code == 409
+    if method == "DELETE":
+        for gone in (path, path + "/secret"):
+            assert (await relay.api.get(gone)).status_code == 404
+        assert (await relay.api.delete(path)).status_code == 404
+        assert [one["id"] for one in (await relay.api.get("/v1/endpoints")).json()["data"]] == [other["id"]]
+        return
+    shown = (await relay.api.get(path)).json()
+    assert (shown["status"], bool(shown["disabled_reason"])) == ("disabled", True)
+    assert (await relay.api.post(path + "/test")).status_code == 409
+    enabled = (await relay.api.post(path + "/enable")).json()
+    assert (enabled["status"], enabled["disabled_reason"]) == ("enabled", None)
+    world.subscriber.answer(204, path="/failing")
+    assert (await relay.api.get(f"/v1/deliveries/{delivery['id']}")).json()["status"] == "canceled"
+    assert (await relay.api.post(f"/v1/deliveries/{delivery['id']}/replay")).status_code == 202
+    await relay.eventually(f"/v1/deliveries/{delivery['id']}", lambda one: one["status"] == "delivered")
+    await world.watch(relay, "luma", duration=0)
+    await world.subscriber.got(3, path="/failing")

@@ -1,0 +1,216 @@
+"""The program as people run it: processes, exit codes, what they print."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from relay.signature import headers, new_secret
+from tests.conftest import ADMIN_KEY, World
+from tests.serving import listener
+
+BARE = {"PATH": os.environ["PATH"], "PYTHONWARNINGS": "error", "COLUMNS": "200"}
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+async def relay(*arguments: str, cwd: Path, stdin: bytes = b"", **environment: str) -> Ended:
+    """Runs the program to its end."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "relay", *arguments),
+        cwd=cwd,
+        env={**BARE, "PYTHONPATH": str(Path(__file__).parent.parent), **environment},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(stdin), 60)
+    assert process.returncode is not None
+    return Ended(process.returncode, out.decode(), err.decode())
+
+
+def write(directory: Path, document: object) -> None:
+    (directory / "config.yaml").write_text(
+        document if isinstance(document, str) else yaml.safe_dump(document)
+    )
+
+
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        ("secret_key: [", "is not YAML"),
+        ("- a list", "must hold keys and values"),
+        ("{}", "secret_key: is missing"),
+        ("secret_key: ${NOWHERE_TO_BE_FOUND}", "secret_key: the environment has no NOWHERE_TO_BE_FOUND"),
+        ("secret_key: ${file:/nowhere/key}", "secret_key: /nowhere/key cannot be read"),
+        ({"secret_key": "s", "prot": 1}, "prot: there is no such key"),
+        ({"secret_key": "s", "port": "many"}, "port: "),
+        ({"secret_key": "s", "admin_key": ""}, "admin_key: "),
+        ({"secret_key": "s", "database": "mysql://x"}, "database: "),
+        ({"secret_key": "s", "database": "sqlite:////proc/none/relay.db"}, "database: "),
+        ({"secret_key": "s", "delivery": {"timeout": 15}}, "delivery.timeout: write a duration"),
+        ({"secret_key": "s", "delivery": {"schedule": ["5 parsecs"]}}, "delivery.schedule.0: "),
+        ({"secret_key": "s", "network": {"allow": ["10.0.0.300/8"]}}, "network.allow.0: "),
+        (
+            {"secret_key": "s", "accounts": {"a": {"provider": "nobody", "api_key": "k"}}},
+            "accounts.a.provider: ",
+        ),
+        ({"secret_key": "s", "accounts": {"a": {"provider": "luma"}}}, "accounts.a.api_key: is missing"),
+        (
+            {
+                "secret_key": "s",
+                "accounts": {"a": {"provider": "luma", "api_key": "k", "base_url": "http://x"}},
+            },
+            "accounts.a.base_url: must begin with https://",
+        ),
+    ],
+)
+async def test_a_wrong_configuration_is_refused_with_its_key_and_without_a_traceback(
+    tmp_path: Path, document: object, says: str
+) -> None:
+    write(tmp_path, document)
+    ended = await relay("serve", cwd=tmp_path)
+    assert (ended.code, ended.out) == (2, "")
+    assert says in ended.err
+    assert "Traceback" not in ended.err
+
+
+async def test_no_configuration_says_where_to_get_one(tmp_path: Path) -> None:
+    for command in ("serve", "check", "migrate"):
+        ended = await relay(command, cwd=tmp_path)
+        assert ended.code == 2
+        assert "config.yaml does not exist: copy config.example.yaml there" in ended.err
+
+
+async def test_a_wrong_command_is_a_usage_error(tmp_path: Path) -> None:
+    assert (await relay("frobnicate", cwd=tmp_path)).code == 2
+    assert (await relay("track", cwd=tmp_path)).code == 2
+
+
+async def test_check_tells_good_credentials_from_bad_ones(world: World) -> None:
+    document = world.document()
+    document["accounts"]["luma"]["api_key"] = "not-the-key"
+    document["accounts"]["vivix"]["base_url"] = "http://127.0.0.1:1/v1"
+    write(world.directory, document)
+    ended = await relay("check", cwd=world.directory)
+    assert ended.code == 1
+    lines = {line.split()[1].rstrip(":"): line.split()[0] for line in ended.out.splitlines()}
+    assert lines["accounts.pixellabs"] == lines["accounts.pictory"] == "ok"
+    assert lines["accounts.luma"] == lines["accounts.vivix"] == "failed"
+    assert "not-the-key" not in ended.out + ended.err
+    del document["accounts"]["luma"], document["accounts"]["vivix"]
+    write(world.directory, document)
+    assert (await relay("check", cwd=world.directory)).code == 0
+    # Nothing but saying: the database was not made.
+    assert not (world.directory / "relay.db").exists()
+
+
+async def test_verify_says_whether_a_signature_is_right(tmp_path: Path) -> None:
+    secret, body = new_secret(), b'{"type":"a"}'
+    given = headers([secret], "evt_1", 1_700_000_000, body)
+
+    async def verify(content: bytes, *more: str) -> Ended:
+        return await relay(
+            *("verify", "-", "--secret", secret, "--id", given["webhook-id"]),
+            *("--timestamp", given["webhook-timestamp"], "--signature", given["webhook-signature"], *more),
+            cwd=tmp_path,
+            stdin=content,
+        )
+
+    assert (await verify(body, "--any-age")).code == 0
+    assert (await verify(body + b" ", "--any-age")).code == 1
+    old = await verify(body)
+    assert old.code == 1
+    assert "300 s" in old.err
+
+
+@asynccontextmanager
+async def served(directory: Path, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`relay serve` as a process, once it serves; ended with SIGTERM, and then with code 0."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "relay", "serve"),
+        cwd=directory,
+        env={**BARE, "PYTHONPATH": str(Path(__file__).parent.parent), **environment},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    heard = b""
+    while b"relay.serving" not in heard:
+        line = await asyncio.wait_for(process.stderr.readline(), 20)
+        assert line, heard.decode()
+        heard += line
+    process.heard = heard.decode()  # type: ignore[attr-defined]
+    yield process
+    process.send_signal(signal.SIGTERM)
+    await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 0
+
+
+async def test_the_main_job_on_the_command_line(world: World) -> None:
+    with listener() as bound:
+        port = bound.getsockname()[1]
+    write(world.directory, world.document(port=port))
+    remote = {"RELAY_URL": f"http://127.0.0.1:{port}", "RELAY_API_KEY": ADMIN_KEY}
+
+    async def ask(*arguments: str, code: int = 0) -> dict:
+        ended = await relay(*arguments, "--json", cwd=world.directory, **remote)
+        assert ended.code == code, ended.err
+        return json.loads(ended.out)
+
+    world.subscriber.answer(410, path="/gone")
+    async with served(world.directory):
+        endpoint = await ask("endpoints", "add", world.subscriber.origin + "/hook")
+        gone = await ask("endpoints", "add", world.subscriber.origin + "/gone")
+        tested = await ask("endpoints", "test", endpoint["id"])
+        assert tested["attempts"][0]["response_status"] == 204
+        job = world.simulator.submit("vivix", duration=0.5)
+        generation = await ask("track", "vivix", job, "--wait")
+        assert generation["status"] == "completed"
+        failing = world.simulator.submit("luma", duration=0.2, outcome="failed")
+        assert (await ask("track", "luma", failing, "--wait", code=1))["status"] == "failed"
+        await world.subscriber.got(3, path="/hook")
+        assert (await ask("generations", "list", "--status", "completed"))["data"][0]["id"] == generation[
+            "id"
+        ]
+        [delivery] = (await ask("deliveries", "list", "--endpoint", gone["id"], "--status", "failed"))["data"]
+        assert (await ask("endpoints", "show", gone["id"]))["status"] == "disabled"
+        refused = await relay("deliveries", "replay", delivery["id"], cwd=world.directory, **remote)
+        assert refused.code == 1
+        assert "enable it first" in refused.err
+        await ask("endpoints", "enable", gone["id"])
+        world.subscriber.answer(200, path="/gone")
+        replayed = await ask("deliveries", "replay", delivery["id"], "--wait")
+        assert [one["trigger"] for one in replayed["attempts"]] == ["scheduled", "replay"]
+        assert (await relay("endpoints", "list", cwd=world.directory, **remote)).out.count("ep_") == 2
+        second = await relay("serve", cwd=world.directory, RELAY_PORT="0")
+        assert second.code == 2
+        assert "PostgreSQL" in second.err
+
+
+async def test_a_generated_admin_key_is_printed_once_and_stored_as_a_hash(tmp_path: Path) -> None:
+    write(tmp_path, {"secret_key": "s" * 32, "port": 0})
+    async with served(tmp_path) as first:
+        [key] = [word for word in first.heard.split() if word.startswith("rk_")]
+    async with served(tmp_path) as second:
+        assert "rk_" not in second.heard
+    assert key.encode() not in (tmp_path / "relay.db").read_bytes()
+
+
+async def test_the_demo_ends_well(tmp_path: Path) -> None:
+    ended = await relay("demo", cwd=tmp_path)
+    assert ended.code == 0, ended.out + ended.err
+    assert "Every webhook arrived" in ended.out
+    assert os.listdir(tmp_path) == []
