@@ -79,7 +79,9 @@ async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
 
 def _web(lifespan: Callable[[Starlette], AbstractAsyncContextManager[State]]) -> Starlette:
     routes = [*(one.route() for one in OPERATIONS), *inbound.ROUTES, *ops.routes(OPERATIONS)]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
+    app.router.redirect_slashes = False
+    return app
 
 
 @asynccontextmanager
@@ -148,6 +150,7 @@ def _assemble(
         accounts=configured,
         callbacks=Callbacks(settings.origin, settings.secret_key),
         ingest=ingest,
+        asker=asker,
         poller=Poller(store, asker, configured, record=ingest.record, now=now),
         deliverer=deliverer,
         watch=Batch(store.generations.create),

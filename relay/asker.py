@@ -2,7 +2,9 @@
 
 import asyncio
 import re
+from collections import deque
 from collections.abc import Callable
+from email.utils import parsedate_to_datetime
 from typing import Self
 
 import httpx
@@ -25,6 +27,7 @@ class Asker:
 
     def __init__(self, client: httpx.AsyncClient, *, now: Callable[[], int]) -> None:
         self._client, self._now = client, now
+        self._skews: deque[int] = deque(maxlen=15)
 
     @classmethod
     def open(cls, guard: Guard, *, now: Callable[[], int]) -> Self:
@@ -52,6 +55,17 @@ class Asker:
     async def close(self) -> None:
         await self._client.aclose()
 
+    @property
+    def skew(self) -> int | None:
+        """Milliseconds by which our clock is ahead of the providers', by their last answers; None without."""
+        return sorted(self._skews)[len(self._skews) // 2] if self._skews else None
+
+    def _compare_clocks(self, date: str | None) -> None:
+        try:
+            self._skews.append(self._now() - round(parsedate_to_datetime(date or "").timestamp() * 1000))
+        except (ValueError, TypeError, OverflowError):
+            return
+
     async def ask(self, account: Account, job_id: str) -> Update:
         """What the provider says about a job now. Raises ProviderError when it cannot be asked or read."""
         reply = await self.fetch(account, job_id)
@@ -70,6 +84,7 @@ class Asker:
             raise ProviderError("unreachable", f"no whole answer within {TIMEOUT:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL, ClientError, OSError, ValueError) as error:
             raise ProviderError("unreachable", f"cannot be asked: {reason(error)}") from error
+        self._compare_clocks(response.headers.get("date"))
         body = body.replace(account.api_key.encode(), b"[redacted]")
         return Reply(response.status_code, _CAPABILITY.sub(rb"\1[redacted]", body), dict(response.headers))
 

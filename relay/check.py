@@ -3,7 +3,6 @@
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,7 @@ from relay.body import parse
 from relay.config import Settings, accounts
 from relay.errors import ConfigError, DatabaseInUse, Malformed, ProviderError
 from relay.guard import Guard
-from relay.providers import Account, Reply
+from relay.providers import Account
 from relay.signature import TOLERANCE
 from relay.store import open_database
 from relay.store.migrate import pending
@@ -36,15 +35,12 @@ async def check(settings: Settings) -> AsyncIterator[Finding]:
         yield finding
     yield await _database(settings.database)
     asker = Asker.open(Guard(settings.network.allow), now=wall_clock)
-    skews = []
     try:
         for account in accounts(settings).values():
-            finding, skew = await _account(asker, account)
-            yield finding
-            skews += [skew] if skew is not None else []
+            yield await _account(asker, account)
     finally:
         await asker.close()
-    yield _clock(skews)
+    yield _clock(asker.skew)
 
 
 def _configuration(settings: Settings) -> list[Finding]:
@@ -90,43 +86,32 @@ def _missing_file(url: str) -> Finding | None:
     return Finding("database", "failed", f"the directory of {path} does not exist: create it")
 
 
-async def _account(asker: Asker, account: Account) -> tuple[Finding, int | None]:
+async def _account(asker: Asker, account: Account) -> Finding:
     """Asks about a job that cannot exist: only a credential that works is told so."""
     subject = f"accounts.{account.name}"
-    sent = wall_clock()
     try:
         reply = await asker.fetch(account, str(uuid.uuid4()))
     except ProviderError as error:
-        return Finding(subject, "failed", f"{account.base_url} {error}"), None
-    skew = _skew(reply, (sent + wall_clock()) // 2)
+        return Finding(subject, "failed", f"{account.base_url} {error}")
     try:
         answer = parse(reply.body)
     except Malformed:
         answer = None
     if reply.status == 401:
-        return Finding(subject, "failed", f"{account.provider.name} refuses this api_key (401)"), skew
+        return Finding(subject, "failed", f"{account.provider.name} refuses this api_key (401)")
     if reply.status == 403 and not account.provider.not_found(403, answer):
         message = f"{account.provider.name} refuses this machine or this api_key (403)"
-        return Finding(subject, "failed", message), skew
+        return Finding(subject, "failed", message)
     if reply.status >= 500 or 300 <= reply.status <= 399:
         message = f"{account.provider.name} answers {reply.status}: the credential could not be tried"
-        return Finding(subject, "warning", message), skew
-    return Finding(subject, "ok", f"{account.provider.name} takes this api_key"), skew
+        return Finding(subject, "warning", message)
+    return Finding(subject, "ok", f"{account.provider.name} takes this api_key")
 
 
-def _skew(reply: Reply, now: int) -> int | None:
-    """Milliseconds by which our clock is ahead of the provider's."""
-    try:
-        return now - round(parsedate_to_datetime(reply.headers["date"]).timestamp() * 1000)
-    except (KeyError, ValueError, TypeError):
-        return None
-
-
-def _clock(skews: list[int]) -> Finding:
-    if not skews:
+def _clock(skew: int | None) -> Finding:
+    if skew is None:
         return Finding("clock", "ok", "no provider told the time, so it was not compared")
-    skew = sorted(skews)[len(skews) // 2] / 1000
-    if abs(skew) > TOLERANCE / 2:
-        message = f"is {skew:+.0f} s off: subscribers refuse webhooks that are {TOLERANCE} s off; use NTP"
+    if abs(skew) > TOLERANCE * 1000 / 2:
+        message = f"is {skew / 1000:+.0f} s off: subscribers refuse webhooks {TOLERANCE} s off; use NTP"
         return Finding("clock", "failed", message)
-    return Finding("clock", "ok", f"within {abs(skew):.0f} s of the providers'")
+    return Finding("clock", "ok", f"within {abs(skew) / 1000:.0f} s of the providers'")

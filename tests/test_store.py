@@ -241,7 +241,7 @@ async def test_a_second_process_on_the_same_file_is_refused_and_told_of_postgres
             subprocess.run, [sys.executable, "-c", program, tmp_path / "relay.db"], capture_output=True
         )
     assert second.returncode != 0
-    assert b"ConfigError: database:" in second.stderr
+    assert b"DatabaseInUse: database:" in second.stderr
     assert b"PostgreSQL" in second.stderr
 
 
@@ -382,8 +382,9 @@ async def test_an_endpoint_comes_back_as_it_was_registered(store: Store):
 async def test_changing_an_endpoint_leaves_its_state_and_other_tenants_alone(store: Store):
     made = await registered(store)
     await store.endpoints.disable(TENANT, made.id, reason="why", now=NOW + 1)
-    await store.endpoints.change(replace(made, url="https://b.test/", description="new", updated_at=NOW + 2))
-    await store.endpoints.change(replace(made, tenant="another tenant", url="https://evil.test/"))
+    changes = {"url": "https://b.test/", "description": "new"}
+    await store.endpoints.change(TENANT, made.id, changes, now=NOW + 2)
+    assert await store.endpoints.change("another tenant", made.id, {"url": "https://evil.test/"}, now=NOW) is None
     changed = await store.endpoints.get(TENANT, made.id)
     assert changed == replace(
         made, url="https://b.test/", description="new", updated_at=NOW + 2, disabled_at=NOW + 1,

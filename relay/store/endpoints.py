@@ -1,7 +1,7 @@
 """Endpoints at rest."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from relay.endpoint import Endpoint
 from relay.store.database import Database, Row, Transaction
 from relay.store.idempotency import Idempotency, created_before, remember
 
+_CHANGEABLE = ("url", "description", "event_types", "accounts", "headers", "metadata")
 _JSON = ("event_types", "accounts", "headers", "metadata")
 
 
@@ -62,19 +63,43 @@ class Endpoints:
             )
         return [read_endpoint(row) for row in rows]
 
-    async def change(self, endpoint: Endpoint) -> None:
-        """Writes what may be changed by its owner: all but id, tenant, state and times of creation."""
+    async def change(
+        self, tenant: str, endpoint_id: str, changes: Mapping[str, Any], *, now: int
+    ) -> Endpoint | None:
+        """Writes the fields that `changes` names, and no other; the endpoint then, None without one."""
+        values = {
+            name: json.dumps(value) if name in _JSON else value
+            for name, value in changes.items()
+            if name in _CHANGEABLE
+        }
+        async with self._db.write() as tx:
+            await tx.execute(
+                f"""
+                UPDATE endpoints SET {"".join(f"{name} = :{name}, " for name in values)} updated_at = :now
+                WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
+                """,
+                id=endpoint_id,
+                tenant=tenant,
+                now=now,
+                **values,
+            )
+            return await _get(tx, tenant, endpoint_id)
+
+    async def rotate(self, tenant: str, endpoint_id: str, secret: str, *, expires_at: int, now: int) -> None:
+        """Gives an endpoint a new secret; the old one is valid until `expires_at`."""
         async with self._db.write() as tx:
             await tx.execute(
                 """
                 UPDATE endpoints
-                SET url = :url, description = :description, event_types = :event_types, accounts = :accounts,
-                    headers = :headers, metadata = :metadata, secret = :secret,
-                    previous_secret = :previous_secret,
-                    previous_secret_expires_at = :previous_secret_expires_at, updated_at = :updated_at
+                SET previous_secret = secret, previous_secret_expires_at = :expires_at, secret = :secret,
+                    updated_at = :now
                 WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
                 """,
-                **_values(endpoint),
+                id=endpoint_id,
+                tenant=tenant,
+                secret=secret,
+                expires_at=expires_at,
+                now=now,
             )
 
     async def enable(self, tenant: str, endpoint_id: str, *, now: int) -> None:

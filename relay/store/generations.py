@@ -51,53 +51,12 @@ class Generations:
     async def create(self, wishes: Sequence[Watch]) -> Sequence[Watched]:
         """Begins to watch each job that is not yet watched; durable when it returns."""
         async with self._db.write() as tx:
-            return [await self._create(tx, wish) for wish in wishes]
-
-    async def _create(self, tx: Transaction, wish: Watch) -> Watched:
-        new = wish.generation
-        try:
-            before = await created_before(tx, new.tenant, wish.idempotency)
-        except Invalid as error:
-            return Watched(None, created=False, error=error)
-        if before is not None:
-            return Watched(await _get(tx, new.tenant, before[0]), created=before[1] == 201)
-        created = (
-            await tx.execute(
-                """
-            INSERT INTO generations (
-                id, tenant, account, provider, job_id, status, metadata, callback_url, awaits_callback,
-                late, created_at, deadline_at, due_at, asks, errors, missing, version
-            ) VALUES (
-                :id, :tenant, :account, :provider, :job_id, :status, :metadata, :callback_url,
-                :awaits_callback, 0, :created_at, :deadline_at, :due_at, 0, 0, 0, 0
-            )
-            ON CONFLICT (tenant, account, job_id) DO NOTHING
-            """,
-                id=new.id,
-                tenant=new.tenant,
-                account=new.account,
-                provider=new.provider,
-                job_id=new.job_id,
-                status=new.status.value,
-                metadata=json.dumps(new.metadata),
-                callback_url=new.callback_url,
-                awaits_callback=int(new.awaits_callback),
-                created_at=new.created_at,
-                deadline_at=new.deadline_at,
-                due_at=new.due_at,
-            )
-            > 0
-        )
-        found = new if created else await _by_job(tx, new)
-        await remember(
-            tx,
-            new.tenant,
-            wish.idempotency,
-            resource_id=found.id,
-            status=201 if created else 200,
-            now=new.created_at,
-        )
-        return Watched(found, created=created)
+            plain = [wish.generation for wish in wishes if wish.idempotency is None]
+            made = await _create(tx, plain)
+            return [
+                made[wish.generation.id] if wish.idempotency is None else await _create_once(tx, wish)
+                for wish in wishes
+            ]
 
     async def get(self, tenant: str, generation_id: str) -> Generation | None:
         async with self._db.read() as tx:
@@ -267,6 +226,71 @@ class Generations:
                 return None
             rows = await tx.fetch("SELECT * FROM generations WHERE id = :id", id=generation_id)
         return _read(rows[0])
+
+
+_CREATE = """
+    INSERT INTO generations (
+        id, tenant, account, provider, job_id, status, metadata, callback_url, awaits_callback,
+        late, created_at, deadline_at, due_at, asks, errors, missing, version
+    ) VALUES (
+        :id, :tenant, :account, :provider, :job_id, :status, :metadata, :callback_url,
+        :awaits_callback, 0, :created_at, :deadline_at, :due_at, 0, 0, 0, 0
+    )
+    ON CONFLICT (tenant, account, job_id) DO NOTHING
+"""
+
+
+def _values(new: Generation) -> dict[str, Any]:
+    return {
+        "id": new.id,
+        "tenant": new.tenant,
+        "account": new.account,
+        "provider": new.provider,
+        "job_id": new.job_id,
+        "status": new.status.value,
+        "metadata": json.dumps(new.metadata),
+        "callback_url": new.callback_url,
+        "awaits_callback": int(new.awaits_callback),
+        "created_at": new.created_at,
+        "deadline_at": new.deadline_at,
+        "due_at": new.due_at,
+    }
+
+
+async def _create(tx: Transaction, wanted: Sequence[Generation]) -> dict[str, Watched]:
+    """What became of each, by the id it was given."""
+    if not wanted:
+        return {}
+    await tx.execute_many(_CREATE, [_values(one) for one in wanted])
+    rows = await tx.fetch("SELECT id FROM generations WHERE id IN (:ids)", ids=[one.id for one in wanted])
+    created = {row["id"] for row in rows}
+    return {
+        one.id: Watched(one, created=True)
+        if one.id in created
+        else Watched(await _by_job(tx, one), created=False)
+        for one in wanted
+    }
+
+
+async def _create_once(tx: Transaction, wish: Watch) -> Watched:
+    """As `_create`, unless the wish's Idempotency-Key was used before."""
+    new = wish.generation
+    try:
+        before = await created_before(tx, new.tenant, wish.idempotency)
+    except Invalid as error:
+        return Watched(None, created=False, error=error)
+    if before is not None:
+        return Watched(await _get(tx, new.tenant, before[0]), created=before[1] == 201)
+    watched = (await _create(tx, [new]))[new.id]
+    await remember(
+        tx,
+        new.tenant,
+        wish.idempotency,
+        resource_id=watched.generation.id if watched.generation else new.id,
+        status=201 if watched.created else 200,
+        now=new.created_at,
+    )
+    return watched
 
 
 def write_update(update: Update | None) -> str | None:

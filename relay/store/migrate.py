@@ -42,7 +42,7 @@ async def _missing(database: Database) -> list[tuple[int, tuple[str, str]]]:
     known = _known()
     async with database.write() as tx:
         await tx.execute(_HISTORY)
-        rows = await tx.fetch("SELECT version FROM migrations ORDER BY version")
+        rows = await tx.fetch("SELECT version FROM migrations")
     done = {row["version"] for row in rows}
     newer = done - known.keys()
     if newer:

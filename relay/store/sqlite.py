@@ -3,8 +3,8 @@
 import asyncio
 import fcntl
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -58,16 +58,14 @@ class SQLite:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:
-        async with self._writing, _transaction(self._writer, "BEGIN IMMEDIATE") as transaction:
+        async with self._writing, _transaction(self._writer) as transaction:
             yield transaction
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[Transaction]:
         async with self._reading:
-            try:
+            with _as_store_error((sqlite3.Error,)):
                 yield _SQLiteTransaction(self._reader)
-            except sqlite3.Error as error:
-                raise StoreError(f"the database cannot be read: {error}") from error
 
 
 class _SQLiteTransaction:
@@ -89,20 +87,30 @@ class _SQLiteTransaction:
 
 
 @asynccontextmanager
-async def _transaction(connection: aiosqlite.Connection, begin: str) -> AsyncIterator[_SQLiteTransaction]:
+async def _transaction(connection: aiosqlite.Connection) -> AsyncIterator[_SQLiteTransaction]:
     try:
-        await connection.execute(begin)
-        try:
+        with _as_store_error():
+            await connection.execute("BEGIN IMMEDIATE")
+        with _as_store_error((sqlite3.Error,)):
             yield _SQLiteTransaction(connection)
+        with _as_store_error():
             await connection.commit()
-        except BaseException:
-            # SQLite has rolled back by itself after some errors; then there is nothing to undo.
+    except BaseException:
+        # Also when BEGIN itself was canceled: it goes on in its thread, and this comes after it there.
+        with suppress(sqlite3.Error, ValueError):
             await asyncio.shield(connection.rollback())
-            raise
-    except (sqlite3.Error, ValueError) as error:
-        if isinstance(error, sqlite3.Error) or "Connection closed" in str(error):
-            raise StoreError(f"the database did not take it: {error}") from error
         raise
+
+
+@contextmanager
+def _as_store_error(
+    kinds: tuple[type[Exception], ...] = (sqlite3.Error, ValueError),
+) -> Iterator[None]:
+    """A closed connection raises ValueError; inside a transaction that may be anybody's."""
+    try:
+        yield
+    except kinds as error:
+        raise StoreError(f"the database did not take it: {error}") from error
 
 
 async def _connect(path: Path) -> aiosqlite.Connection:
@@ -112,6 +120,8 @@ async def _connect(path: Path) -> aiosqlite.Connection:
 
 
 def _lock(path: Path) -> IO[str]:
+    # By whatever name it is opened: one file, one lock.
+    path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(path.name + ".lock").open("w")

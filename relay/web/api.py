@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import httpx
@@ -68,10 +67,11 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
             given["headers"] = {}
     if "accounts" in given:
         given["accounts"] = _known_accounts(call.relay, given["accounts"])
-    given |= {name: () for name in ("event_types", "accounts") if name in given and given[name] is None}
-    given |= {name: {} for name in ("headers", "metadata") if name in given and given[name] is None}
-    changed = replace(endpoint, **given, updated_at=call.relay.now())
-    await call.relay.store.endpoints.change(changed)
+    given |= {name: [] for name in ("event_types", "accounts") if name in given and not given[name]}
+    given |= {name: {} for name in ("headers", "metadata") if name in given and not given[name]}
+    changed = await call.relay.store.endpoints.change(call.tenant, endpoint.id, given, now=call.relay.now())
+    if changed is None:
+        raise NotFound(f"no endpoint {endpoint.id}")
     return Result(200, r.EndpointResource.of(changed))
 
 
@@ -110,14 +110,7 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
     endpoint, now = await _endpoint(call), call.relay.now()
     secret = call.body.secret or signature.new_secret()
     expires_at = now + call.body.overlap_seconds * 1000
-    changed = replace(
-        endpoint,
-        secret=secret,
-        previous_secret=endpoint.secret,
-        previous_secret_expires_at=expires_at,
-        updated_at=now,
-    )
-    await call.relay.store.endpoints.change(changed)
+    await call.relay.store.endpoints.rotate(call.tenant, endpoint.id, secret, expires_at=expires_at, now=now)
     return Result(200, r.SecretResource(secret=secret, previous_secret_expires_at=rfc3339(expires_at)))
 
 

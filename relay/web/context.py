@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
+from relay.asker import Asker
 from relay.batch import Batch
 from relay.callback import Callbacks
 from relay.config import Settings
@@ -24,6 +25,7 @@ class Relay:
     accounts: Mapping[str, Account]
     callbacks: Callbacks
     ingest: Ingest
+    asker: Asker
     poller: Poller
     deliverer: Deliverer
     watch: Batch[Watch, Watched]

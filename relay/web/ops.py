@@ -10,7 +10,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from relay.body import compact
-from relay.errors import StoreError
+from relay.errors import ConfigError, StoreError
+from relay.signature import TOLERANCE
+from relay.store.migrate import pending
 from relay.web.context import State
 from relay.web.openapi import document
 from relay.web.operation import Operation
@@ -24,13 +26,22 @@ async def live(request: Request) -> Response:
 
 
 async def ready(request: Request[State]) -> Response:
-    """The database takes writes; 503 when it does not."""
+    """Whether the database takes writes, has its migrations, and the clock is right enough to sign with."""
     relay = request.state["relay"]
+    checks = {"database": "ok", "migrations": "ok", "clock": "ok"}
     try:
         await relay.store.database.probe()
+        if names := await pending(relay.store.database):
+            checks["migrations"] = f"missing: {', '.join(names)}"
     except StoreError as error:
-        return JSONResponse({"status": "failing", "checks": {"database": str(error)}}, 503)
-    return JSONResponse({"status": "ok", "checks": {"database": "ok"}})
+        checks["database"] = str(error)
+    except ConfigError as error:
+        checks["migrations"] = str(error)
+    skew = relay.asker.skew
+    if skew is not None and abs(skew) > TOLERANCE * 1000:
+        checks["clock"] = f"{skew / 1000:+.0f} s off the providers': subscribers refuse what is signed so"
+    good = all(verdict == "ok" for verdict in checks.values())
+    return JSONResponse({"status": "ok" if good else "failing", "checks": checks}, 200 if good else 503)
 
 
 def routes(operations: Sequence[Operation]) -> list[Route]:

@@ -5,6 +5,7 @@ import logging
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from relay.body import compact
 from relay.errors import Invalid, Refused, StoreError, Unauthorized
@@ -59,8 +60,19 @@ async def http_error(request: Request, error: Exception) -> Response:
     """For what Starlette itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)  # noqa: S101 # registered for this class only
     title = _TITLES.get(error.status_code, error.detail)
-    headers = dict(error.headers) if error.headers else None
+    headers = {"allow": ", ".join(_methods(request))} if error.status_code == 405 else None
     return problem(error.status_code, title, f"{request.method} {title.lower()} here", headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """All that this path knows, of whichever route."""
+    found = {
+        method
+        for route in request.app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }
+    return sorted(found)
 
 
 async def crashed(request: Request, error: Exception) -> Response:
