@@ -18,12 +18,14 @@ ENDINGS = {
     Status.TIMED_OUT: "generation.timed_out",
 }
 TEST = "endpoint.test"
+# What only Relay says: nobody else may announce these.
+RESERVED = ("generation.", "endpoint.", "account.")
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """`body` is what is signed, sent and stored, byte for byte. `ending` is the generation's status that
-    this event announces: the database takes each only once."""
+    this event announces, `source_id` its publisher's own name for it: the database takes each only once."""
 
     id: str
     tenant: str
@@ -33,6 +35,7 @@ class Event:
     generation_id: str | None = None
     account: str | None = None
     ending: str | None = None
+    source_id: str | None = None
 
 
 def ending(generation: Generation, *, now: int) -> Event:
@@ -55,6 +58,12 @@ def test(tenant: str, endpoint_id: str, *, now: int) -> Event:
     """A made-up event that says which endpoint was tested."""
     data = {"endpoint_id": endpoint_id, "message": "This is a test: your endpoint can be reached."}
     return Event(new_id("evt", now), tenant, TEST, envelope(TEST, rfc3339(now), data), now)
+
+
+def published(tenant: str, type_: str, data: Mapping[str, Any], source_id: str | None, *, now: int) -> Event:
+    """Somebody's own event."""
+    body = envelope(type_, rfc3339(now), data)
+    return Event(new_id("evt", now), tenant, type_, body, now, source_id=source_id)
 
 
 def envelope(type_: str, timestamp: str, data: Mapping[str, Any]) -> bytes:

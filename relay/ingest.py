@@ -28,14 +28,20 @@ class Ingest:
     ) -> None:
         self._store, self._handoff, self._accept, self._now = store, handoff, accept, now
         self._batch: Batch[Report, Generation | None] = Batch(self._write)
+        self._published: Batch[Event, Event] = Batch(self._publish)
         self._waiting: dict[str, set[asyncio.Event]] = {}
 
     async def record(self, report: Report) -> Generation | None:
         """The generation after the report, durably; None when it is no longer watched."""
         return await self._batch(report)
 
+    async def publish(self, event: Event) -> Event:
+        """The event as it is stored, durably; an earlier one of the same `source_id` when there is one."""
+        return await self._published(event)
+
     async def flush(self) -> None:
         await self._batch.flush()
+        await self._published.flush()
 
     async def ended(self, tenant: str, generation_id: str, *, timeout: float) -> Generation | None:
         """The generation once it has ended, or as it is after `timeout` seconds; None when there is none."""
@@ -56,6 +62,11 @@ class Ingest:
             bells.discard(bell)
             if not bells:
                 del self._waiting[generation_id]
+
+    async def _publish(self, events: Sequence[Event]) -> Sequence[Event]:
+        stored, claimed = await self._store.events.publish(events, self._handoff(), now=self._now())
+        self._accept(claimed)
+        return stored
 
     async def _write(self, reports: Sequence[Report]) -> Sequence[Generation | None]:
         now = self._now()

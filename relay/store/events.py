@@ -56,6 +56,19 @@ class Events:
             claimed = await self._fan_out(tx, fresh, callbacks, handoff, now=now)
         return fresh, claimed
 
+    async def publish(
+        self, events: Sequence[Event], handoff: Handoff, *, now: int
+    ) -> tuple[Sequence[Event], Sequence[Claimed]]:
+        """Stores events and fans them out. Returns what is stored under each name (`source_id`), which may
+        have been there before, and the deliveries that are handed over."""
+        async with self._db.write() as tx:
+            await tx.execute_many(_PUBLISH, [_values(event) for event in events])
+            fresh = await self._stored(tx, events)
+            claimed = await self._fan_out(tx, fresh, {}, handoff, now=now)
+            known = {event.id for event in fresh}
+            kept = [event if event.id in known else await _named(tx, event) for event in events]
+        return kept, claimed
+
     async def send(
         self, event: Event, endpoint: Endpoint, handoff: Handoff, *, now: int
     ) -> tuple[str, Sequence[Claimed]]:
@@ -98,6 +111,9 @@ class Events:
         if not events:
             return []
         await tx.execute_many(_ANNOUNCE, [_values(event) for event in events])
+        return await self._stored(tx, events)
+
+    async def _stored(self, tx: Transaction, events: Sequence[Event]) -> Sequence[Event]:
         rows = await tx.fetch("SELECT id FROM events WHERE id IN (:ids)", ids=[event.id for event in events])
         stored = {row["id"] for row in rows}
         return [event for event in events if event.id in stored]
@@ -149,9 +165,10 @@ _ANNOUNCE = """
     ON CONFLICT DO NOTHING
 """
 _INSERT = """
-    INSERT INTO events (id, tenant, type, generation_id, account, ending, body, created_at)
-    VALUES (:id, :tenant, :type, :generation_id, :account, :ending, :body, :created_at)
+    INSERT INTO events (id, tenant, type, generation_id, account, ending, source_id, body, created_at)
+    VALUES (:id, :tenant, :type, :generation_id, :account, :ending, :source_id, :body, :created_at)
 """
+_PUBLISH = _INSERT + " ON CONFLICT (tenant, source_id) DO NOTHING"
 _LISTENING = """
     SELECT * FROM endpoints WHERE tenant IN (:tenants) AND deleted_at IS NULL AND disabled_at IS NULL
     ORDER BY id
@@ -243,9 +260,19 @@ def _values(event: Event) -> dict[str, Any]:
         "generation_id": event.generation_id,
         "account": event.account,
         "ending": event.ending,
+        "source_id": event.source_id,
         "body": event.body,
         "created_at": event.created_at,
     }
+
+
+async def _named(tx: Transaction, event: Event) -> Event:
+    rows = await tx.fetch(
+        "SELECT * FROM events WHERE tenant = :tenant AND source_id = :source_id",
+        tenant=event.tenant,
+        source_id=event.source_id,
+    )
+    return _read(rows[0])
 
 
 def _read(row: Row) -> Event:

@@ -1,5 +1,6 @@
 """The API: every operation, and the table of them all."""
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -222,6 +223,16 @@ async def wait_for_generation(call: Call[None, r.WaitQuery]) -> Result:
     return Result(200, _generation(call.relay, found))
 
 
+async def publish_event(call: Call[r.EventPublish | list[r.EventPublish], None]) -> Result:
+    relay, now = call.relay, call.relay.now()
+    items = call.body if isinstance(call.body, list) else [call.body]
+    made = [event.published(call.tenant, one.type, one.data, one.id, now=now) for one in items]
+    stored = [_event(one) for one in await asyncio.gather(*map(relay.ingest.publish, made))]
+    if isinstance(call.body, list):
+        return Result(201, r.Page[r.EventResource](data=stored, next_cursor=None))
+    return Result(201, stored[0])
+
+
 async def list_events(call: Call[None, r.EventQuery]) -> Result:
     found = await call.relay.store.events.page(
         call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
@@ -321,6 +332,7 @@ def _event(one: Event) -> r.EventResource:
         data=body["data"],
         generation_id=one.generation_id,
         account=one.account,
+        source_id=one.source_id,
         created_at=rfc3339(one.created_at),
     )
 
@@ -531,6 +543,18 @@ OPERATIONS = (
         r.GenerationResource,
         _FOUND,
         query=r.WaitQuery,
+    ),
+    Operation(
+        "POST",
+        "/v1/events",
+        "Publish an event of your own, or up to 100 as a list",
+        publish_event,
+        r.EventResource,
+        {201: "Stored, and on its way to the endpoints that want its type"},
+        body=r.EventPublish,
+        at_most=100,
+        page=r.Page[r.EventResource],
+        example={"type": "order.shipped", "data": {"order": 42}, "id": "order-42-shipped"},
     ),
     Operation(
         "GET",

@@ -135,9 +135,10 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
     for status, meaning in operation.answers.items():
         answers[str(status)] = {"description": meaning}
         if status < 300 and operation.returns is not None:
-            answers[str(status)]["content"] = {
-                "application/json": {"schema": names[(operation.returns, "serialization")]}
-            }
+            schema = names[(operation.returns, "serialization")]
+            if operation.page is not None:
+                schema = {"oneOf": [schema, names[(operation.page, "serialization")]]}
+            answers[str(status)]["content"] = {"application/json": {"schema": schema}}
     reads_input = operation.body is not None or operation.query is not None or operation.creates
     for status, meaning in _REFUSALS.items():
         if status != 422 or reads_input:
@@ -154,7 +155,9 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
         "responses": answers,
     }
     if operation.body is not None:
-        content: dict[str, Any] = {"schema": names[(operation.body, "validation")]}
+        item = names[(operation.body, "validation")]
+        items = {"type": "array", "minItems": 1, "maxItems": operation.at_most, "items": item}
+        content: dict[str, Any] = {"schema": {"oneOf": [item, items]} if operation.at_most else item}
         if operation.example:
             content["example"] = operation.example
         required = any(one.is_required() for one in operation.body.model_fields.values())

@@ -46,7 +46,7 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Operation:
     """`answers` says what each status means; `creates` honours Idempotency-Key; a `body` whose fields all
-    have defaults may be left out."""
+    have defaults may be left out; `at_most` bodies may come as a list, and are answered as a `page`."""
 
     method: str
     path: str
@@ -57,6 +57,8 @@ class Operation:
     body: type[BaseModel] | None = None
     query: type[BaseModel] | None = None
     creates: bool = False
+    at_most: int = 0
+    page: type[BaseModel] | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
 
     def route(self) -> Route:
@@ -80,13 +82,17 @@ class Operation:
 
         return Route(self.path, endpoint, methods=[self.method])
 
-    def _read(self, raw: bytes) -> BaseModel | None:
+    def _read(self, raw: bytes) -> BaseModel | list[BaseModel] | None:
         if self.body is None:
             return None
         optional = not any(one.is_required() for one in self.body.model_fields.values())
         if not raw and optional:
             return self.body()
         document = parse(raw)
+        if isinstance(document, list) and self.at_most:
+            if not 1 <= len(document) <= self.at_most:
+                raise Invalid(FieldError("body", f"may hold 1 to {self.at_most} items"))
+            return [_validate(self.body, one, f"{place}.") for place, one in enumerate(document)]
         if not isinstance(document, dict):
             raise Malformed("the body must be a JSON object")
         return _validate(self.body, document)
@@ -118,15 +124,15 @@ async def read_body(request: Request[Any]) -> bytes:
     return bytes(body)
 
 
-def _validate(model: type[BaseModel], document: Mapping[str, Any]) -> BaseModel:
+def _validate(model: type[BaseModel], document: Any, prefix: str = "") -> BaseModel:
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        raise Invalid(*(_field_error(one) for one in error.errors(include_url=False))) from error
+        raise Invalid(*(_field_error(one, prefix) for one in error.errors(include_url=False))) from error
 
 
-def _field_error(error: Any) -> FieldError:
-    name = ".".join(str(part) for part in error["loc"]) or "body"
+def _field_error(error: Any, prefix: str) -> FieldError:
+    name = prefix + ".".join(str(part) for part in error["loc"]) or "body"
     if error["type"] == "extra_forbidden":
         return FieldError(name, "is not a field of this request")
     if error["type"] == "missing":

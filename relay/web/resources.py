@@ -11,6 +11,7 @@ from relay.signature import secret_key
 from relay.times import parse_rfc3339, rfc3339
 
 LARGEST_METADATA = 16 * 1024
+LARGEST_DATA = 256 * 1024
 T = TypeVar("T")
 
 
@@ -20,9 +21,21 @@ def _small(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return value
 
 
+def _publishable(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    if len(compact(value)) > LARGEST_DATA:
+        raise ValueError(f"may be {LARGEST_DATA} bytes of JSON at most")
+    return value
+
+
 def _event_type(value: str) -> str:
     if len(value) > 128 or not event.TYPE.fullmatch(value):
         raise ValueError("must be words of letters, digits and _ with full stops between")
+    return value
+
+
+def _not_ours(value: str) -> str:
+    if value.startswith(event.RESERVED):
+        raise ValueError(f"must not begin with {', '.join(event.RESERVED)}: only Relay announces these")
     return value
 
 
@@ -56,6 +69,7 @@ def _instant(value: object) -> int:
 
 Metadata = Annotated[Mapping[str, Any], AfterValidator(_small)]
 EventType = Annotated[str, AfterValidator(_event_type)]
+PublishedType = Annotated[EventType, AfterValidator(_not_ours)]
 JobId = Annotated[str, AfterValidator(_job_id)]
 Secret = Annotated[str, AfterValidator(_secret)]
 Headers = Annotated[Mapping[str, str], Field(max_length=20), AfterValidator(_headers)]
@@ -282,6 +296,16 @@ class GenerationResource(GenerationData):
         )
 
 
+class EventPublish(Request):
+    type: PublishedType
+    data: Annotated[Mapping[str, Any], AfterValidator(_publishable)]
+    id: str | None = Field(
+        default=None,
+        pattern=r"^[\x21-\x7e]{1,255}$",
+        description="Your own name for it: published again under this name, it is not announced again.",
+    )
+
+
 class EventQuery(PageQuery):
     type: str | None = None
     generation_id: str | None = None
@@ -297,6 +321,7 @@ class EventResource(Resource):
     data: Mapping[str, Any]
     generation_id: str | None
     account: str | None
+    source_id: str | None = Field(description="Its publisher's own name for it.")
     created_at: Time
 
 

@@ -85,9 +85,11 @@ CREATE TABLE events (
     generation_id TEXT,
     account TEXT,
     ending TEXT,
+    source_id TEXT,
     body BYTEA NOT NULL,
     created_at BIGINT NOT NULL,
-    CONSTRAINT each_ending_is_announced_once UNIQUE (generation_id, ending)
+    CONSTRAINT each_ending_is_announced_once UNIQUE (generation_id, ending),
+    CONSTRAINT a_publisher_names_an_event_once UNIQUE (tenant, source_id)
 );
 
 CREATE TABLE deliveries (

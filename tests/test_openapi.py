@@ -1,0 +1,186 @@
+"""The OpenAPI document: valid, complete, and what a running relay really answers."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import httpx
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import validate
+from starlette.routing import Route
+
+from relay.app import build
+from relay.config import read_config
+from tests.conftest import RunningRelay, World
+
+JSON, PROBLEM = "application/json", "application/problem+json"
+ENDINGS = {"generation.completed", "generation.failed", "generation.canceled", "generation.timed_out"}
+
+
+def closed(schema: Any) -> Any:
+    """A schema that refuses the fields it does not name."""
+    if isinstance(schema, list):
+        return [closed(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    made = {name: closed(one) for name, one in schema.items()}
+    if isinstance(schema.get("properties"), Mapping):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+def complaints(document: Mapping[str, Any], schema: Mapping[str, Any], value: Any) -> list[str]:
+    """What the document's schema says against a value."""
+    root = closed({**schema, "components": {"schemas": document["components"]["schemas"]}})
+    checker = Draft202012Validator(root, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    return [f"{error.json_path}: {error.message}" for error in checker.iter_errors(value)]
+
+
+def operations(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield method.upper(), path, operation
+
+
+async def document_of(relay: RunningRelay) -> dict[str, Any]:
+    answer = await relay.api.get("/openapi.json", headers={"authorization": ""})
+    assert answer.headers["content-type"] == JSON
+    return dict(answer.json())
+
+
+async def test_the_document_is_valid_and_names_every_route(world: World) -> None:
+    relay = await world.relay()
+    document = await document_of(relay)
+    assert document["openapi"].startswith("3.1.")
+    validate(document)
+    ids = [operation["operationId"] for _, _, operation in operations(document)]
+    assert len(ids) == len(set(ids))
+    app = build(read_config(world.document(public_url="http://127.0.0.1:1"), {}))
+    served = {
+        (method, route.path)
+        for route in app.routes
+        if isinstance(route, Route)
+        for method in (route.methods or ()) - {"HEAD"}
+    }
+    described = {(method, path) for method, path, _ in operations(document)}
+    # The document and the page that is made of it are all that it need not describe.
+    assert served - described <= {("GET", "/openapi.json"), ("GET", "/docs")}
+    assert described <= served
+
+
+async def test_the_page_shows_every_operation(world: World) -> None:
+    relay = await world.relay()
+    async with httpx.AsyncClient(base_url=relay.origin) as stranger:
+        page = await stranger.get("/docs")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert not [path for _, path, _ in operations(await document_of(relay)) if path not in page.text]
+
+
+async def test_requests_and_webhooks_have_examples_that_fit_their_schemas(world: World) -> None:
+    relay = await world.relay()
+    document = await document_of(relay)
+    contents = {
+        f"{method} {path}": operation["requestBody"]["content"][JSON]
+        for method, path, operation in operations(document)
+        if JSON in operation.get("requestBody", {}).get("content", {})
+    }
+    assert set(document["webhooks"]) >= {*ENDINGS, "endpoint.test"}
+    for type_, webhook in document["webhooks"].items():
+        contents[type_] = webhook["post"]["requestBody"]["content"][JSON]
+        assert contents[type_]["example"]["type"] == type_
+        sent = {one["name"] for one in webhook["post"]["parameters"] if one["in"] == "header"}
+        assert sent >= {"webhook-id", "webhook-timestamp", "webhook-signature"}
+    for name, content in contents.items():
+        assert complaints(document, content["schema"], content["example"]) == [], name
+
+
+async def test_webhooks_that_are_sent_fit_the_document(world: World) -> None:
+    relay = await world.relay()
+    document = await document_of(relay)
+    endpoint = await world.endpoint(relay)
+    for provider in ("pixellabs", "vivix", "pictory", "luma"):
+        for outcome in ("completed", "failed"):
+            await world.watch(relay, provider, outcome=outcome, duration=0)
+    await relay.api.post(f"/v1/endpoints/{endpoint['id']}/test")
+    body = {"account": "luma", "timeout_seconds": 0.2}
+    job_id = world.simulator.submit("luma", duration=600)
+    assert (await relay.api.post("/v1/generations", json=body | {"job_id": job_id})).status_code == 201
+    received = [json.loads(one.body) for one in await world.subscriber.got(10)]
+    types = {one["type"] for one in received}
+    assert types == (ENDINGS - {"generation.canceled"}) | {"endpoint.test"}
+    for event in received:
+        schema = document["webhooks"][event["type"]]["post"]["requestBody"]["content"][JSON]["schema"]
+        assert complaints(document, schema, event) == [], event["type"]
+
+
+class Walk:
+    """Calls operations and holds each answer against the document; `left` are those that never succeeded."""
+
+    def __init__(self, relay: RunningRelay, document: Mapping[str, Any]) -> None:
+        self._relay, self._document = relay, document
+        self.left = {(method, path) for method, path, _ in operations(document)}
+
+    async def __call__(self, method: str, path: str, id_: str = "", **options: Any) -> Any:
+        answer = await self._relay.api.request(method, path.replace("{id}", id_), **options)
+        where = f"{method} {path} → {answer.status_code}"
+        responses = self._document["paths"][path][method.lower()]["responses"]
+        assert str(answer.status_code) in responses, where
+        content = responses[str(answer.status_code)].get("content", {})
+        if answer.is_success:
+            self.left.discard((method, path))
+        if not answer.content:
+            assert content == {}, where
+            return None
+        media_type = answer.headers["content-type"]
+        assert media_type == (JSON if answer.is_success else PROBLEM), where
+        assert complaints(self._document, content[media_type]["schema"], answer.json()) == [], where
+        return answer.json()
+
+
+async def test_every_operation_answers_as_the_document_says(world: World) -> None:
+    relay = await world.relay()
+    document = await document_of(relay)
+    walk = Walk(relay, document)
+    key = {"idempotency-key": "k"}
+    body = {"url": world.subscriber.origin + "/", "metadata": {"a": 1}, "headers": {"x-a": "b"}}
+    endpoint = (await walk("POST", "/v1/endpoints", json=body, headers=key))["id"]
+    job = world.simulator.submit("vivix", duration=0, outcome="failed")
+    generation = (await walk("POST", "/v1/generations", json={"account": "vivix", "job_id": job}))["id"]
+    await walk("POST", "/v1/generations", json={"account": "vivix", "job_id": job})
+    nameless = (await walk("POST", "/v1/generations", json={"account": "pictory"}))["id"]
+    await walk("GET", "/v1/generations/{id}/wait", generation)
+    delivery = (await walk("POST", "/v1/endpoints/{id}/test", endpoint))["id"]
+    await relay.eventually(f"/v1/deliveries/{delivery}", lambda one: one["status"] == "delivered")
+    event = (await walk("GET", "/v1/deliveries/{id}", delivery))["event_id"]
+    await walk("POST", "/v1/deliveries/{id}/replay", delivery)
+    await walk("GET", "/v1/events/{id}", event)
+    for path in ("endpoints", "generations", "events", "deliveries", "accounts"):
+        assert (await walk("GET", f"/v1/{path}"))["data"], path
+        await walk("GET", f"/v1/{path}", params={"limit": "x"})
+    await walk("POST", "/v1/generations/{id}/refresh", generation)
+    await walk("POST", "/v1/generations/{id}/refresh", nameless)
+    await walk("GET", "/v1/generations/{id}", generation)
+    await walk("GET", "/v1/generations/{id}/wait", nameless, params={"timeout": "x"})
+    await walk("PATCH", "/v1/generations/{id}", nameless, json={"metadata": {"a": 1}})
+    await walk("PATCH", "/v1/generations/{id}", generation, json={"job_id": "another"})
+    await walk("PATCH", "/v1/generations/{id}", nameless, content=b"{")
+    await walk("DELETE", "/v1/generations/{id}", nameless)
+    await walk("DELETE", "/v1/generations/{id}", nameless)
+    await walk("GET", "/v1/signing-secret")
+    await walk("GET", "/v1/endpoints/{id}", endpoint)
+    await walk("PATCH", "/v1/endpoints/{id}", endpoint, json={"description": "x", "event_types": ["a.b"]})
+    await walk("GET", "/v1/endpoints/{id}/secret", endpoint)
+    await walk("POST", "/v1/endpoints/{id}/secret/rotate", endpoint, json={"overlap_seconds": 60})
+    await walk("GET", "/v1/endpoints/{id}/secret", endpoint)
+    await walk("POST", "/v1/endpoints/{id}/disable", endpoint)
+    await walk("POST", "/v1/endpoints/{id}/test", endpoint)
+    await walk("POST", "/v1/endpoints/{id}/enable", endpoint)
+    await walk("DELETE", "/v1/endpoints/{id}", endpoint)
+    await walk("POST", "/v1/endpoints", json={"url": "ftp://x.example"})
+    await walk("POST", "/v1/endpoints", content=b" " * (1024 * 1024 + 1))
+    for path in {"/healthz", "/readyz"} & set(document["paths"]):
+        await walk("GET", path)
+    assert {(method, path) for method, path in walk.left if path.startswith("/v1/")} == set()
+    # What the key created is gone.
+    await walk("POST", "/v1/endpoints", json=body, headers=key)
