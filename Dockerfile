@@ -8,11 +8,13 @@ COPY relay relay
 RUN /opt/relay/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation .
 
 FROM python:3.12-slim-bookworm
-RUN useradd --system --uid 10001 --home-dir /var/lib/relay --create-home relay
+RUN groupadd --gid 10001 relay \
+ && useradd --uid 10001 --gid relay --no-create-home --home-dir /var/lib/relay --shell /usr/sbin/nologin relay \
+ && install -d -o relay -g relay -m 0700 /var/lib/relay
 COPY --from=build /opt/relay /opt/relay
 ENV PATH=/opt/relay/bin:$PATH RELAY_HOST=0.0.0.0 RELAY_CONFIG=/etc/relay/config.yaml \
     RELAY_DATABASE_URL=sqlite:////var/lib/relay/relay.db
-USER relay
+USER 10001:10001
 WORKDIR /var/lib/relay
 VOLUME /var/lib/relay
 EXPOSE 8080

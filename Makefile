@@ -41,7 +41,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Relay needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	  { echo "$(PYTHON) is missing or older than 3.11; name another: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 	  { rm -rf .venv; echo "Python cannot make a virtual environment here: apt-get install python3-venv"; exit 1; }
 
@@ -56,5 +56,5 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Verifying in JavaScript needs Node.js; without it those tests say so and are skipped.
 tests/javascript/node_modules: tests/javascript/package-lock.json
-	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix tests/javascript && touch $@; \
+	@if command -v npm >/dev/null; then npm ci --loglevel=error --no-audit --no-fund --prefix tests/javascript && touch $@; \
 	else echo "no npm here: the JavaScript tests will be skipped (apt-get install nodejs npm)"; fi

@@ -10,7 +10,7 @@ import time
 
 import uvloop
 
-from bench.wire import Sink, age_ms
+from bench.wire import Sink, age_ms, percentile
 
 
 async def main(port: int) -> None:
@@ -31,9 +31,13 @@ async def main(port: int) -> None:
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         if line.strip() == "reset":
             ages.clear()
-        ordered = sorted(ages)
-        at = lambda share: ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None  # noqa: E731
-        report = {"count": len(ages), "first": times[0], "last": times[1], "p50": at(0.5), "p99": at(0.99)}
+        report = {
+            "count": len(ages),
+            "first": times[0],
+            "last": times[1],
+            "p50": percentile(ages, 0.5),
+            "p99": percentile(ages, 0.99),
+        }
         print(json.dumps(report), flush=True)
 
 

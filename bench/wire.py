@@ -87,7 +87,7 @@ def age_ms(body: bytes) -> float:
 async def load(
     host: str, port: int, path: str, key: str, *, connections: int, seconds: float, rate: float | None = None
 ) -> int:
-    """POSTs events for a while, as fast as they are answered or at `rate` a second; how many were accepted."""
+    """POSTs events as fast as they are answered, or at `rate` a second; how many were accepted."""
     loop = asyncio.get_running_loop()
     filler = "x" * 900
     accepted = 0

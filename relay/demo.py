@@ -109,6 +109,8 @@ async def demo(console: Console) -> bool:
                 except TimeoutError:
                     done = False
                 live.update(await _picture(api, subscriber))
+    if not console.is_terminal:
+        console.print()
     count = sum(len(ids) for ids in subscriber.accepted.values())
     good = done and not subscriber.forged
     verdict = "[green]Every webhook arrived[/]" if good else "[red]Not every webhook arrived[/]"

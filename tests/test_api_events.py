@@ -72,3 +72,14 @@ async def test_filters_find_what_they_say(world: World) -> None:
         ({"since": between, "until": "2999-01-01T00:00:00Z", "account": "vivix"}, [failed]),
     ):
         assert await ids(relay, **query) == expected, query
+
+
+async def test_publishing_twice_under_one_idempotency_key_announces_once(world: World) -> None:
+    relay = await world.relay()
+    body, key = {"type": "order.shipped", "data": {"order": 42}}, {"idempotency-key": "k"}
+    first, again = [await relay.api.post(PATH, json=body, headers=key) for _ in range(2)]
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert again.json() == first.json()
+    other = await relay.api.post(PATH, json=body | {"data": {"order": 43}}, headers=key)
+    assert other.status_code == 422
+    assert await ids(relay) == [first.json()["id"]]

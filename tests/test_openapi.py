@@ -83,7 +83,7 @@ async def test_requests_and_webhooks_have_examples_that_fit_their_schemas(world:
     contents = {
         f"{method} {path}": operation["requestBody"]["content"][JSON]
         for method, path, operation in operations(document)
-        if JSON in operation.get("requestBody", {}).get("content", {})
+        if "requestBody" in operation and operation.get("security") != []
     }
     assert set(document["webhooks"]) >= {*ENDINGS, "endpoint.test"}
     for type_, webhook in document["webhooks"].items():
@@ -122,7 +122,8 @@ class Walk:
         self.left = {(method, path) for method, path, _ in operations(document)}
 
     async def __call__(self, method: str, path: str, id_: str = "", **options: Any) -> Any:
-        answer = await self._relay.api.request(method, path.replace("{id}", id_), **options)
+        url = options.pop("url", path.replace("{id}", id_))
+        answer = await self._relay.api.request(method, url, **options)
         where = f"{method} {path} → {answer.status_code}"
         responses = self._document["paths"][path][method.lower()]["responses"]
         assert str(answer.status_code) in responses, where
@@ -148,13 +149,18 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     job = world.simulator.submit("vivix", duration=0, outcome="failed")
     generation = (await walk("POST", "/v1/generations", json={"account": "vivix", "job_id": job}))["id"]
     await walk("POST", "/v1/generations", json={"account": "vivix", "job_id": job})
-    nameless = (await walk("POST", "/v1/generations", json={"account": "pictory"}))["id"]
+    made = await walk("POST", "/v1/generations", json={"account": "pictory"})
+    nameless, hook = made["id"], made["webhook_url"]
+    await walk("POST", "/hooks/{account}/{token}", url=hook, json={})
+    await walk("POST", "/hooks/{account}/{token}", url=hook + "x", json={})
     await walk("GET", "/v1/generations/{id}/wait", generation)
     delivery = (await walk("POST", "/v1/endpoints/{id}/test", endpoint))["id"]
     await relay.eventually(f"/v1/deliveries/{delivery}", lambda one: one["status"] == "delivered")
     event = (await walk("GET", "/v1/deliveries/{id}", delivery))["event_id"]
     await walk("POST", "/v1/deliveries/{id}/replay", delivery)
     await walk("GET", "/v1/events/{id}", event)
+    await walk("POST", "/v1/events", json={"type": "order.shipped", "data": {"order": 42}})
+    await walk("POST", "/v1/events", json={"type": "order.shipped", "data": 42})
     for path in ("endpoints", "generations", "events", "deliveries", "accounts"):
         assert (await walk("GET", f"/v1/{path}"))["data"], path
         await walk("GET", f"/v1/{path}", params={"limit": "x"})
@@ -179,8 +185,8 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     await walk("DELETE", "/v1/endpoints/{id}", endpoint)
     await walk("POST", "/v1/endpoints", json={"url": "ftp://x.example"})
     await walk("POST", "/v1/endpoints", content=b" " * (1024 * 1024 + 1))
-    for path in {"/healthz", "/readyz"} & set(document["paths"]):
-        await walk("GET", path)
-    assert {(method, path) for method, path in walk.left if path.startswith("/v1/")} == set()
+    await walk("GET", "/healthz")
+    await walk("GET", "/readyz")
+    assert walk.left == set()
     # What the key created is gone.
     await walk("POST", "/v1/endpoints", json=body, headers=key)

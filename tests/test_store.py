@@ -231,18 +231,22 @@ async def test_a_second_row_of_what_there_is_once_is_refused(
 # One file, one process, one version.
 
 
-async def test_a_second_process_on_the_same_file_is_refused_and_told_of_postgresql(tmp_path: Path):
+async def another_process(path: Path) -> subprocess.CompletedProcess[str]:
+    """A program that opens the file, and ends."""
     program = (
         "import asyncio, sys; from relay.store import open_database;"
         "asyncio.run(open_database('sqlite:///' + sys.argv[1]))"
     )
+    command = [sys.executable, "-c", program, str(path)]
+    return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=10)
+
+
+async def test_a_second_process_on_the_same_file_is_refused_and_told_of_postgresql(tmp_path: Path):
     async with opened(tmp_path / "relay.db"):
-        second = await asyncio.to_thread(
-            subprocess.run, [sys.executable, "-c", program, tmp_path / "relay.db"], capture_output=True
-        )
+        second = await another_process(tmp_path / "relay.db")
     assert second.returncode != 0
-    assert b"DatabaseInUse: database:" in second.stderr
-    assert b"PostgreSQL" in second.stderr
+    assert "database: another relay is running" in second.stderr
+    assert "PostgreSQL" in second.stderr
 
 
 async def test_a_file_by_another_name_is_still_the_same_file(tmp_path: Path):
@@ -260,11 +264,11 @@ async def test_a_file_is_free_again_once_it_is_closed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_text("no database" * 100)])
-async def test_a_file_that_is_no_database_is_refused(tmp_path: Path, make: Any):
+async def test_a_file_that_is_no_database_is_refused_and_the_program_ends(tmp_path: Path, make: Any):
     make(tmp_path / "relay.db")
-    with pytest.raises(ConfigError, match="database: "):
-        async with opened(tmp_path / "relay.db"):
-            pass
+    refused = await another_process(tmp_path / "relay.db")
+    assert refused.returncode != 0
+    assert "ConfigError: database: " in refused.stderr
 
 
 @pytest.mark.parametrize("url", ["relay.db", "mysql://a/b", "sqlite://relay.db"])
@@ -384,7 +388,10 @@ async def test_changing_an_endpoint_leaves_its_state_and_other_tenants_alone(sto
     await store.endpoints.disable(TENANT, made.id, reason="why", now=NOW + 1)
     changes = {"url": "https://b.test/", "description": "new"}
     await store.endpoints.change(TENANT, made.id, changes, now=NOW + 2)
-    assert await store.endpoints.change("another tenant", made.id, {"url": "https://evil.test/"}, now=NOW) is None
+    assert (
+        await store.endpoints.change("another tenant", made.id, {"url": "https://evil.test/"}, now=NOW)
+        is None
+    )
     changed = await store.endpoints.get(TENANT, made.id)
     assert changed == replace(
         made, url="https://b.test/", description="new", updated_at=NOW + 2, disabled_at=NOW + 1,

@@ -102,6 +102,7 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, names)
+    paths |= _open_paths(names)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -120,8 +121,62 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
     }
 
 
+def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:
+    """What needs no key: health, and what providers call."""
+    health = {"application/json": {"schema": names[(r.HealthResource, "serialization")]}}
+    problem = {"application/problem+json": {"schema": {"$ref": _REF.format(model="Problem")}}}
+    token = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in ("account", "token")
+    ]
+    return {
+        "/healthz": {
+            "get": {
+                "operationId": "live",
+                "summary": "The process answers",
+                "tags": ["health"],
+                "security": [],
+                "responses": {"200": {"description": "Alive", "content": health}},
+            }
+        },
+        "/readyz": {
+            "get": {
+                "operationId": "ready",
+                "summary": "The database takes writes, has its migrations, and the clock is right",
+                "tags": ["health"],
+                "security": [],
+                "responses": {
+                    "200": {"description": "Ready", "content": health},
+                    "503": {"description": "Not ready: `checks` says why", "content": health},
+                },
+            }
+        },
+        "/hooks/{account}/{token}": {
+            "post": {
+                "operationId": "receive",
+                "summary": "Providers call here; it makes Relay ask them, and nothing in it is believed",
+                "tags": ["hooks"],
+                "security": [],
+                "parameters": token,
+                "requestBody": {"content": {"application/json": {"schema": {}}}},
+                "responses": {
+                    "200": {"description": "Heard"},
+                    **{
+                        str(status): {"description": meaning, "content": problem}
+                        for status, meaning in {404: "Not a URL of ours", **_REFUSALS}.items()
+                        if status in (400, 404, 413, 503)
+                    },
+                },
+            }
+        },
+    }
+
+
 def _models(operations: Sequence[Operation]) -> list[tuple[type[BaseModel], Any]]:
-    found: dict[tuple[type[BaseModel], Any], None] = {(r.GenerationData, "serialization"): None}
+    found: dict[tuple[type[BaseModel], Any], None] = {
+        (r.GenerationData, "serialization"): None,
+        (r.HealthResource, "serialization"): None,
+    }
     for operation in operations:
         if operation.body is not None:
             found[(operation.body, "validation")] = None

@@ -1,0 +1,407 @@
+"""Learning the end by asking, over real sockets."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from relay.poll import Budget
+from relay.times import parse_rfc3339
+from tests.conftest import RunningRelay, World
+from tests.serving import serving
+
+PROVIDERS = ["pixellabs", "vivix", "pictory", "luma"]
+MINUTE = 60_000
+
+
+async def until(condition: Callable[[], bool], *, timeout: float = 15) -> None:
+    async with asyncio.timeout(timeout):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+
+
+def asks(world: World, job_id: str) -> list[int | None]:
+    """What the provider answered when it was asked for a job."""
+    return [one.status for one in world.simulator.requests if one.job_id == job_id]
+
+
+async def a_while(world: World, relay: RunningRelay) -> None:
+    """Long enough for the relay to ask at least twice for anything that is due."""
+    probe = await world.watch(relay, "vivix", duration=1e6)
+    await until(lambda: len(asks(world, probe["job_id"])) >= 3)
+    await relay.api.delete(f"/v1/generations/{probe['id']}")
+
+
+def only(provider: str, world: World, **settings: Any) -> dict[str, Any]:
+    """The accounts of the tests, the one of `provider` with other settings."""
+    accounts = dict(world.document()["accounts"])
+    account = {name: value for name, value in accounts[provider].items() if name != "poll_interval"}
+    return {**accounts, provider: {**account, **settings}}
+
+
+@asynccontextmanager
+async def provider_answering(answer: Callable[[Request], Any]) -> AsyncIterator[str]:
+    """The origin of a provider that answers every GET with what `answer` gives."""
+
+    async def get(request: Request) -> Response:
+        given = answer(request)
+        return given if isinstance(given, Response) else JSONResponse(given)
+
+    async with serving(Starlette(routes=[Route("/{path:path}", get)])) as origin:
+        yield origin
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("rate_limited", {"retry_after": 0}),
+        ("server_error", {}),
+        ("server_error", {"status": 503}),
+        ("html", {}),
+        ("truncated", {}),
+        ("dropped", {}),
+        ("cloudflare", {}),
+        ("empty", {}),
+    ],
+)
+async def test_an_ask_that_errs_never_fails_a_generation(
+    world: World, provider: str, kind: str, options: dict[str, Any]
+):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    world.simulator.trouble(provider, kind, count=2, **options)
+    generation = await world.watch(relay, provider, duration=0)
+    [received] = await world.subscriber.got(1)
+    assert json.loads(received.body)["type"] == "generation.completed"
+    assert len(asks(world, generation["job_id"])) >= 3
+    shown = (await relay.api.get(f"/v1/generations/{generation['id']}")).json()
+    assert shown["last_error"] is None
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_json_that_is_declared_to_be_text_is_never_a_failure(world: World, provider: str):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    world.simulator.trouble(provider, "wrong_type", count=2)
+    await world.watch(relay, provider, duration=0)
+    [received] = await world.subscriber.got(1)
+    assert json.loads(received.body)["type"] == "generation.completed"
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_a_refused_key_fails_nothing_and_is_shown_at_the_account(world: World, provider: str):
+    key = world.simulator.keys[provider]
+    relay = await world.relay()
+    await world.endpoint(relay)
+    world.simulator.keys[provider] = "the key of another customer"
+    generation = await world.watch(relay, provider, duration=0)
+
+    def status(accounts: Any) -> str:
+        return next(one["status"] for one in accounts["data"] if one["name"] == provider)
+
+    await relay.eventually("/v1/accounts", lambda accounts: status(accounts) == "unauthorized")
+    shown = (await relay.api.get(f"/v1/generations/{generation['id']}")).json()
+    assert shown["status"] == "queued"
+    assert "unauthorized" in shown["last_error"]
+    world.simulator.keys[provider] = key
+    [received] = await world.subscriber.got(1)
+    assert json.loads(received.body)["type"] == "generation.completed"
+    await relay.eventually("/v1/accounts", lambda accounts: status(accounts) == "ok")
+
+
+async def test_an_outage_of_a_provider_announces_nothing_and_ends_with_every_generation_completed(
+    world: World,
+):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    world.simulator.trouble("luma", "server_error", count=1_000_000)
+    watched = [await world.watch(relay, "luma", duration=0) for _ in range(5)]
+    await until(lambda: all(len(asks(world, one["job_id"])) >= 3 for one in watched))
+    assert world.subscriber.received == []
+    listed = (await relay.api.get("/v1/generations")).json()["data"]
+    assert {one["status"] for one in listed} == {"queued"}
+    assert {one["status"] for one in (await relay.api.get("/v1/accounts")).json()["data"]} == {
+        "ok",
+        "failing",
+    }
+    async with httpx.AsyncClient(base_url=world.simulator_origin) as client:
+        await client.delete("/_simulator/troubles")
+    received = await world.subscriber.got(5)
+    assert {json.loads(one.body)["type"] for one in received} == {"generation.completed"}
+
+
+@pytest.mark.parametrize("date", [False, True], ids=["seconds", "HTTP date"])
+async def test_retry_after_is_honoured(world: World, date: bool):
+    relay = await world.relay()
+    http_date = "Thu, 01 Jan 2099 00:00:00 GMT"  # further away than an hour, which is the most that is waited
+    retry_after, pause = (http_date, 3_600_000) if date else (40, 40_000)
+    world.simulator.trouble("luma", "rate_limited", retry_after=retry_after)
+    generation = await world.watch(relay, "luma", duration=0)
+    shown = await relay.eventually(f"/v1/generations/{generation['id']}", lambda one: one["polls"] == 1)
+    due_at = parse_rfc3339(shown["next_poll_at"])
+    deadline_at = parse_rfc3339(shown["deadline_at"])
+    assert due_at is not None and deadline_at is not None
+    [asked] = [one for one in world.simulator.requests if one.job_id == generation["job_id"]]
+    assert due_at >= min(round(asked.time * 1000) + pause, deadline_at)
+    world.clock.forward(seconds=(due_at - world.clock()) / 1000 - 2)
+    await a_while(world, relay)
+    assert asks(world, generation["job_id"]) == [429]
+    world.clock.forward(seconds=2)
+    await relay.eventually(f"/v1/generations/{generation['id']}", lambda one: one["status"] == "completed")
+    assert asks(world, generation["job_id"]) == [429, 200]
+
+
+@pytest.mark.parametrize(
+    ("provider", "first"), [("pixellabs", 6), ("vivix", 6), ("luma", 6), ("pictory", 10)]
+)
+async def test_the_first_ask_comes_after_the_documented_delay(world: World, provider: str, first: int):
+    accounts = only(provider, world)
+    probe = "luma" if provider == "vivix" else "vivix"
+    relay = await world.relay(accounts=accounts)
+    generation = await world.watch(relay, provider, duration=0)
+    other = await world.watch(relay, probe, duration=1e6)
+    await until(lambda: len(asks(world, other["job_id"])) >= 2)
+    world.clock.forward(seconds=first - 1 - (world.clock() - parse_rfc3339(generation["watched_at"])) / 1000)
+    seen = len(asks(world, other["job_id"]))
+    await until(lambda: len(asks(world, other["job_id"])) >= seen + 2)
+    assert asks(world, generation["job_id"]) == []
+    world.clock.forward(seconds=1)
+    await until(lambda: asks(world, generation["job_id"]) == [200])
+
+
+async def test_two_asks_are_never_closer_than_the_interval(world: World):
+    relay = await world.relay(accounts=only("luma", world, poll_interval="600ms"))
+    generation = await world.watch(relay, "luma", duration=1e6)
+    await until(lambda: len(asks(world, generation["job_id"])) >= 4)
+    times = [one.time for one in world.simulator.requests if one.job_id == generation["job_id"]]
+    assert min(later - earlier for earlier, later in zip(times, times[1:], strict=False)) >= 0.6
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_an_unknown_status_is_warned_of_once_and_ends_at_the_deadline(
+    world: World, provider: str, caplog: pytest.LogCaptureFixture
+):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    # The progress of such a job goes on: it is news, but not again a word that nobody knows.
+    generation = await world.watch(relay, provider, duration=2, status="hibernating")
+    with caplog.at_level(logging.WARNING, logger="relay"):
+        await until(lambda: len(asks(world, generation["job_id"])) >= 5)
+    warnings = [one for one in caplog.records if one.getMessage() == "generation.unknown_status"]
+    assert len(warnings) == 1
+    shown = (await relay.api.get(f"/v1/generations/{generation['id']}")).json()
+    assert (shown["status"], shown["provider_status"]) == ("queued", "hibernating")
+    world.simulator.submit(provider, job_id=generation["job_id"], duration=1e6, status="hibernating")
+    world.clock.forward(seconds=3600)
+    [received] = await world.subscriber.got(1)
+    event = json.loads(received.body)
+    assert event["type"] == "generation.timed_out"
+    data = event["data"]
+    assert (data["status"], data["learned_by"], data["late"]) == ("timed_out", "deadline", False)
+    assert (data["error"]["code"], data["error"]["retryable"], data["outputs"]) == ("timed_out", None, [])
+    assert "may still finish" in data["error"]["message"]
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed"])
+async def test_a_late_answer_is_announced_as_late(world: World, outcome: str):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    job_id = world.simulator.submit("luma", duration=1000, outcome=outcome)
+    request = {"account": "luma", "job_id": job_id, "timeout_seconds": 1}
+    generation = (await relay.api.post("/v1/generations", json=request)).json()
+    [first] = await world.subscriber.got(1)
+    assert json.loads(first.body)["type"] == "generation.timed_out"
+    world.clock.forward(seconds=1001)
+    _, second = await world.subscriber.got(2)
+    event = json.loads(second.body)
+    assert event["type"] == f"generation.{outcome}"
+    assert (event["data"]["id"], event["data"]["late"]) == (generation["id"], True)
+    assert event["data"]["learned_by"] == "poll"
+    assert first.headers["webhook-id"] != second.headers["webhook-id"]
+
+
+async def test_an_answer_at_the_deadline_is_the_end_and_not_a_timeout(world: World):
+    relay = await world.relay(accounts=only("luma", world, timeout="1h"))
+    await world.endpoint(relay)
+    await world.watch(relay, "luma", duration=1)
+    world.clock.forward(seconds=2 * 3600)
+    [received] = await world.subscriber.got(1)
+    event = json.loads(received.body)
+    assert (event["type"], event["data"]["late"]) == ("generation.completed", False)
+
+
+async def test_a_provider_that_is_down_at_the_deadline_leaves_a_generation_that_may_still_finish(
+    world: World,
+):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    world.simulator.trouble("luma", "server_error", count=1_000_000)
+    job_id = world.simulator.submit("luma", duration=0)
+    request = {"account": "luma", "job_id": job_id, "timeout_seconds": 1}
+    await relay.api.post("/v1/generations", json=request)
+    [received] = await world.subscriber.got(1)
+    event = json.loads(received.body)
+    assert event["type"] == "generation.timed_out"
+    assert "500" in event["data"]["error"]["message"]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_not_found_is_believed_after_several_sightings_only(world: World, provider: str):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    request = {"account": provider, "job_id": "no-such-job"}
+    await relay.api.post("/v1/generations", json=request)
+    [received] = await world.subscriber.got(1)
+    event = json.loads(received.body)
+    assert (event["type"], event["data"]["error"]["code"]) == ("generation.failed", "not_found")
+    assert len(asks(world, "no-such-job")) >= 3
+
+
+@pytest.mark.parametrize("trouble", ["not_found_in_body", None])
+async def test_a_job_that_is_not_visible_at_first_is_waited_for(world: World, trouble: str | None):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    if trouble:
+        world.simulator.trouble("pictory", trouble, count=2)
+        world.simulator.submit("pictory", job_id="fresh", duration=0)
+    await relay.api.post("/v1/generations", json={"account": "pictory", "job_id": "fresh"})
+    await until(lambda: len(asks(world, "fresh")) >= 2)
+    assert world.subscriber.received == []
+    if not trouble:
+        world.simulator.submit("pictory", job_id="fresh", duration=0)
+    [received] = await world.subscriber.got(1)
+    assert json.loads(received.body)["type"] == "generation.completed"
+
+
+async def test_somebody_elses_job_is_not_found(world: World):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    await world.watch(relay, "vivix", owner="somebody else")
+    [received] = await world.subscriber.got(1)
+    assert json.loads(received.body)["data"]["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_completed_without_an_output_is_failed(world: World, provider: str):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    await world.watch(relay, provider, outputs=0)
+    [received] = await world.subscriber.got(1)
+    event = json.loads(received.body)
+    assert event["type"] == "generation.failed"
+    assert (event["data"]["error"]["code"], event["data"]["outputs"]) == ("no_output", [])
+    assert event["data"]["provider_status"] == "completed"
+
+
+async def test_an_end_is_no_longer_asked_about(world: World):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    generation = await world.watch(relay, "luma", duration=0)
+    await world.subscriber.got(1)
+    before = asks(world, generation["job_id"])
+    world.clock.forward(seconds=86_400)
+    await a_while(world, relay)
+    assert asks(world, generation["job_id"]) == before
+    assert len(world.subscriber.received) == 1
+
+
+async def test_refresh_asks_now(world: World):
+    relay = await world.relay(accounts=only("luma", world))
+    generation = await world.watch(relay, "luma", duration=0)
+    refreshed = await relay.api.post(f"/v1/generations/{generation['id']}/refresh")
+    assert refreshed.json()["status"] == "completed"
+    assert refreshed.json()["learned_by"] == "refresh"
+    assert asks(world, generation["job_id"]) == [200]
+
+
+async def test_a_redirect_is_not_followed_and_the_key_goes_nowhere_else(world: World):
+    elsewhere: list[Request] = []
+
+    def there(request: Request) -> Any:
+        elsewhere.append(request)
+        return {"state": "completed", "output": [{"type": "image", "url": "https://evil.test/1.png"}]}
+
+    async with provider_answering(there) as canary:
+        hops = []
+
+        def redirect(request: Request) -> Response:
+            hops.append(request)
+            return Response(status_code=307, headers={"location": f"{canary}/generations/1"})
+
+        async with provider_answering(redirect) as origin:
+            relay = await world.relay(accounts=only("luma", world, base_url=origin, poll_interval="100ms"))
+            await relay.api.post("/v1/generations", json={"account": "luma", "job_id": "1"})
+            await until(lambda: len(hops) >= 2)
+    assert elsewhere == []
+    [shown] = (await relay.api.get("/v1/generations")).json()["data"]
+    assert shown["status"] == "queued"
+
+
+async def test_an_answer_that_is_too_large_is_an_error_and_no_end(world: World):
+    asked = []
+
+    def huge(request: Request) -> Any:
+        asked.append(request)
+        return {"state": "completed", "padding": "x" * 2_000_000, "output": [{"url": "https://a.test/1.png"}]}
+
+    async with provider_answering(huge) as origin:
+        relay = await world.relay(accounts=only("luma", world, base_url=origin, poll_interval="100ms"))
+        made = await relay.api.post("/v1/generations", json={"account": "luma", "job_id": "1"})
+        shown = await relay.eventually(f"/v1/generations/{made.json()['id']}", lambda one: one["last_error"])
+    assert shown["status"] == "queued"
+    assert "larger" in shown["last_error"]
+
+
+# Budgets.
+
+
+@given(st.integers(1, 2000), st.lists(st.integers(0, 20_000), min_size=1, max_size=300))
+def test_a_budget_never_gives_more_in_a_minute_than_it_has(per_minute: int, pauses: list[int]):
+    budget, now, given_at = Budget(per_minute), 0, []
+    for pause in pauses:
+        now += pause
+        while budget.wait(now) == 0:
+            given_at.append(now)
+    for at in given_at:
+        assert sum(at <= other < at + MINUTE for other in given_at) <= per_minute
+
+
+@pytest.mark.parametrize("per_minute", [1, 2, 10, 60, 1000])
+def test_waiting_as_long_as_a_budget_says_is_enough_and_uses_most_of_it(per_minute: int):
+    budget, now, used = Budget(per_minute), 0, 0
+    while now < 10 * MINUTE:
+        wait = budget.wait(now)
+        now, used = now + wait, used + (wait == 0)
+    assert 0.8 * 10 * per_minute <= used <= 10 * per_minute
+
+
+def test_no_budget_is_no_limit():
+    budget = Budget(None)
+    assert [budget.wait(0) for _ in range(1000)] == [0] * 1000
+
+
+async def test_requests_per_minute_is_kept_and_nobody_starves(world: World):
+    relay = await world.relay(accounts=only("luma", world, poll_interval="100ms", requests_per_minute=60))
+    watched = [await world.watch(relay, "luma", duration=1e6) for _ in range(30)]
+    probe = await world.watch(relay, "vivix", duration=1e6)
+    for _ in range(9):
+        world.clock.forward(seconds=10)
+        seen = len(asks(world, probe["job_id"]))
+        await until(lambda seen=seen: len(asks(world, probe["job_id"])) >= seen + 2)
+    times = [one.time for one in world.simulator.requests if one.provider == "luma"]
+    assert max(sum(at <= other < at + 60 for other in times) for at in times) <= 60
+    assert all(asks(world, one["job_id"]) for one in watched)
