@@ -11,6 +11,7 @@ from relay.generation import Generation
 from relay.schedule import Report
 from relay.store import Store
 from relay.store.events import Change, Handoff
+from relay.store.idempotency import Idempotency
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,18 @@ class Ingest:
         """The generation after the report, durably; None when it is no longer watched."""
         return await self._batch(report)
 
-    async def publish(self, event: Event) -> Event:
-        """The event as it is stored, durably; an earlier one of the same `source_id` when there is one."""
-        return await self._published(event)
+    async def publish(
+        self, tenant: str, events: Sequence[Event], idempotency: Idempotency | None
+    ) -> Sequence[Event]:
+        """The events as they are stored, durably: an earlier one where there is one of the same `source_id`,
+        and the earlier ones when this Idempotency-Key was used before."""
+        if idempotency is None:
+            return await asyncio.gather(*map(self._published, events))
+        stored, claimed = await self._store.events.publish_once(
+            tenant, events, idempotency, self._handoff(), now=self._now()
+        )
+        self._accept(claimed)
+        return stored
 
     async def flush(self) -> None:
         await self._batch.flush()

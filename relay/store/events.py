@@ -14,6 +14,7 @@ from relay.store.database import Database, Row, Transaction
 from relay.store.endpoints import read_endpoint
 from relay.store.filters import where
 from relay.store.generations import write_update
+from relay.store.idempotency import Idempotency, created_before, remember
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,31 @@ class Events:
         """Stores events and fans them out. Returns what is stored under each name (`source_id`), which may
         have been there before, and the deliveries that are handed over."""
         async with self._db.write() as tx:
-            await tx.execute_many(_PUBLISH, [_values(event) for event in events])
-            fresh = await self._stored(tx, events)
-            claimed = await self._fan_out(tx, fresh, {}, handoff, now=now)
-            known = {event.id for event in fresh}
-            kept = [event if event.id in known else await _named(tx, event) for event in events]
-        return kept, claimed
+            return await self._publish(tx, events, handoff, now=now)
+
+    async def publish_once(
+        self, tenant: str, events: Sequence[Event], idempotency: Idempotency, handoff: Handoff, *, now: int
+    ) -> tuple[Sequence[Event], Sequence[Claimed]]:
+        """As `publish`, of one tenant's events; or what was stored under this Idempotency-Key before."""
+        async with self._db.write() as tx:
+            before = await created_before(tx, tenant, idempotency)
+            if before is not None:
+                ids = before[0].split()
+                rows = await tx.fetch("SELECT * FROM events WHERE id IN (:ids)", ids=ids)
+                return sorted(map(_read, rows), key=lambda event: ids.index(event.id)), []
+            stored, claimed = await self._publish(tx, events, handoff, now=now)
+            names = " ".join(event.id for event in stored)
+            await remember(tx, tenant, idempotency, resource_id=names, status=201, now=now)
+            return stored, claimed
+
+    async def _publish(
+        self, tx: Transaction, events: Sequence[Event], handoff: Handoff, *, now: int
+    ) -> tuple[Sequence[Event], Sequence[Claimed]]:
+        await tx.execute_many(_PUBLISH, [_values(event) for event in events])
+        fresh = await self._stored(tx, events)
+        claimed = await self._fan_out(tx, fresh, {}, handoff, now=now)
+        known = {event.id for event in fresh}
+        return [event if event.id in known else await _named(tx, event) for event in events], claimed
 
     async def send(
         self, event: Event, endpoint: Endpoint, handoff: Handoff, *, now: int

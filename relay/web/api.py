@@ -1,6 +1,5 @@
 """The API: every operation, and the table of them all."""
 
-import asyncio
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -227,7 +226,7 @@ async def publish_event(call: Call[r.EventPublish | list[r.EventPublish], None])
     relay, now = call.relay, call.relay.now()
     items = call.body if isinstance(call.body, list) else [call.body]
     made = [event.published(call.tenant, one.type, one.data, one.id, now=now) for one in items]
-    stored = [_event(one) for one in await asyncio.gather(*map(relay.ingest.publish, made))]
+    stored = [_event(one) for one in await relay.ingest.publish(call.tenant, made, call.idempotency)]
     if isinstance(call.body, list):
         return Result(201, r.Page[r.EventResource](data=stored, next_cursor=None))
     return Result(201, stored[0])
@@ -552,6 +551,7 @@ OPERATIONS = (
         r.EventResource,
         {201: "Stored, and on its way to the endpoints that want its type"},
         body=r.EventPublish,
+        creates=True,
         at_most=100,
         page=r.Page[r.EventResource],
         example={"type": "order.shipped", "data": {"order": 42}, "id": "order-42-shipped"},

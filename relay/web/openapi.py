@@ -198,6 +198,8 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
     for status, meaning in _REFUSALS.items():
         if status != 422 or reads_input:
             answers.setdefault(str(status), {"description": meaning})
+    if operation.creates:
+        answers.setdefault("409", {"description": "What this Idempotency-Key created is gone"})
     for code, answer in answers.items():
         if code >= "400":
             schema = {"$ref": _REF.format(model="Problem")}
