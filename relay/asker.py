@@ -1,11 +1,11 @@
 """The way out to providers: one GET for one job, at the account's configured base URL and nowhere else."""
 
 import asyncio
-import re
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
-from typing import Self
+from typing import Any, Self
 
 import httpx
 from aiohttp import ClientError, ClientSession, ClientTimeout, DummyCookieJar
@@ -16,77 +16,106 @@ from relay.errors import ProviderError
 from relay.generation import Update
 from relay.guard import Guard, connector, reason
 from relay.providers import Account, Reply, understand
+from relay.redact import redact
 
 TIMEOUT = 20.0
 LARGEST_ANSWER = 1024 * 1024
-_CAPABILITY = re.compile(rb"(/hooks/[\w.-]+/)[\w.-]+")
+_HEADERS = {
+    # Some providers refuse clients that do not say who they are.
+    "user-agent": f"Relay/{__version__}",
+    "accept": "application/json",
+    "accept-encoding": "identity",
+}
 
 
 class Asker:
-    """Asks providers. Follows no redirect, keeps no cookie, uses no proxy of the environment."""
+    """Asks providers. Follows no redirect, keeps no cookie, uses no proxy of the environment.
 
-    def __init__(self, client: httpx.AsyncClient, *, now: Callable[[], int]) -> None:
-        self._client, self._now = client, now
+    httpx's client would keep cookies and read `Location`: only its transport is used.
+    """
+
+    def __init__(
+        self, transport: httpx.AsyncBaseTransport, *, capability: str, now: Callable[[], int]
+    ) -> None:
+        self._transport, self._capability, self._now = transport, capability, now
         self._skews: deque[int] = deque(maxlen=15)
 
     @classmethod
-    def open(cls, guard: Guard, *, now: Callable[[], int]) -> Self:
-        """Call it where a loop runs, and `close` the asker in the end."""
+    def open(cls, guard: Guard, *, capability: str, proxy: str | None = None, now: Callable[[], int]) -> Self:
+        """Call it where a loop runs, and `close` the asker in the end.
+
+        `capability` is the prefix of our own callback URLs, which no answer may carry on; `proxy` the
+        operator's own.
+        """
         session = ClientSession(
-            connector=connector(guard, keepalive=30.0, limit=256),
+            connector=connector(
+                guard, keepalive=30.0, limit=0, most_bytes=2 * LARGEST_ANSWER, proxied=proxy is not None
+            ),
             cookie_jar=DummyCookieJar(),
             timeout=ClientTimeout(total=None),
             trust_env=False,
         )
-        client = httpx.AsyncClient(
-            transport=AiohttpTransport(client=session),
-            timeout=TIMEOUT,
-            follow_redirects=False,
-            trust_env=False,
-            # Some providers refuse clients that do not say who they are.
-            headers={
-                "user-agent": f"Relay/{__version__}",
-                "accept": "application/json",
-                "accept-encoding": "identity",
-            },
-        )
-        return cls(client, now=now)
+        transport = AiohttpTransport(client=session, proxy=httpx.Proxy(proxy) if proxy else None)
+        return cls(transport, capability=capability, now=now)
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._transport.aclose()
 
     @property
     def skew(self) -> int | None:
         """Milliseconds by which our clock is ahead of the providers', by their last answers; None without."""
         return sorted(self._skews)[len(self._skews) // 2] if self._skews else None
 
-    def _compare_clocks(self, date: str | None) -> None:
-        try:
-            self._skews.append(self._now() - round(parsedate_to_datetime(date or "").timestamp() * 1000))
-        except (ValueError, TypeError, OverflowError):
-            return
-
     async def ask(self, account: Account, job_id: str) -> Update:
-        """What the provider says about a job now. Raises ProviderError when it cannot be asked or read."""
+        """What the provider says about a job now, with the credential and our own callback URLs blotted out.
+
+        Raises ProviderError when it cannot be asked or read.
+        """
         reply = await self.fetch(account, job_id)
-        return understand(account.provider, reply, now=self._now())
+        try:
+            update = understand(account.provider, reply, now=self._now())
+        except ProviderError as error:
+            raise ProviderError(
+                error.code, self._clean(str(error), account), retry_after=error.retry_after
+            ) from error
+        except Exception as error:
+            raise ProviderError(
+                "unreadable", f"{account.provider.name} failed to read the answer: {error!r}"
+            ) from error
+        problem = update.error
+        if problem is not None:
+            problem = replace(problem, message=self._clean(problem.message, account))
+        return replace(update, raw=self._clean(update.raw, account), error=problem)
 
     async def fetch(self, account: Account, job_id: str) -> Reply:
-        """The provider's reply, with the credential and our own callback URLs blotted out of it."""
-        headers = {"authorization": account.provider.authorization(account.api_key)}
+        """The provider's reply as it came. Raises ProviderError when there is none."""
         try:
-            async with (
-                asyncio.timeout(TIMEOUT),
-                self._client.stream("GET", account.url(job_id), headers=headers) as response,
-            ):
-                body = await _read(response)
+            request = httpx.Request(
+                "GET",
+                account.url(job_id),
+                headers={**_HEADERS, "authorization": account.provider.authorization(account.api_key)},
+            )
+            async with asyncio.timeout(TIMEOUT):
+                response = await self._transport.handle_async_request(request)
+                try:
+                    body = await _read(response)
+                finally:
+                    await response.aclose()
         except TimeoutError as error:
             raise ProviderError("unreachable", f"no whole answer within {TIMEOUT:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL, ClientError, OSError, ValueError) as error:
             raise ProviderError("unreachable", f"cannot be asked: {reason(error)}") from error
         self._compare_clocks(response.headers.get("date"))
-        body = body.replace(account.api_key.encode(), b"[redacted]")
-        return Reply(response.status_code, _CAPABILITY.sub(rb"\1[redacted]", body), dict(response.headers))
+        return Reply(response.status_code, body, dict(response.headers))
+
+    def _clean(self, value: Any, account: Account) -> Any:
+        return redact(value, [account.api_key], capability=self._capability)
+
+    def _compare_clocks(self, date: str | None) -> None:
+        try:
+            self._skews.append(self._now() - round(parsedate_to_datetime(date or "").timestamp() * 1000))
+        except (ValueError, TypeError, OverflowError):
+            return
 
 
 async def _read(response: httpx.Response) -> bytes:

@@ -16,6 +16,7 @@ from relay.times import parse_retry_after
 
 USER_AGENT = f"Relay/{__version__}"
 _READ = 64 * 1024
+_ON_THE_WIRE = 512 * 1024
 _KEPT = 16 * 1024
 # A receiver that closes an idle connection while we reuse it costs an attempt: reuse only briefly.
 _KEEPALIVE = 4.0
@@ -37,21 +38,29 @@ class Sender:
     """POSTs bodies. Follows no redirect, keeps no cookie, uses no proxy of the environment, decodes nothing,
     reads at most 64 KiB of an answer, and takes no longer than its deadline in all."""
 
-    def __init__(self, session: ClientSession, *, timeout: int, now: Callable[[], int]) -> None:
-        self._session, self._timeout, self._now = session, timeout, now
+    def __init__(
+        self, session: ClientSession, guard: Guard, *, timeout: int, proxy: str | None, now: Callable[[], int]
+    ) -> None:
+        self._session, self._guard, self._proxy = session, guard, proxy
+        self._timeout, self._now = timeout, now
 
     @classmethod
-    def open(cls, guard: Guard, *, timeout: int, now: Callable[[], int]) -> Self:
-        """`timeout` in milliseconds; call it where a loop runs, and `close` the sender in the end."""
+    def open(cls, guard: Guard, *, timeout: int, proxy: str | None = None, now: Callable[[], int]) -> Self:
+        """`timeout` in milliseconds; call it where a loop runs, and `close` the sender in the end.
+
+        With an operator's egress `proxy` names are looked up there; literal addresses are still checked.
+        """
         session = ClientSession(
-            connector=connector(guard, keepalive=_KEEPALIVE, limit=0),
+            connector=connector(
+                guard, keepalive=_KEEPALIVE, limit=0, proxied=proxy is not None, most_bytes=_ON_THE_WIRE
+            ),
             cookie_jar=DummyCookieJar(),
             timeout=ClientTimeout(total=None),
             auto_decompress=False,
             trust_env=False,
             headers=_HEADERS,
         )
-        return cls(session, timeout=timeout, now=now)
+        return cls(session, guard, timeout=timeout, proxy=proxy, now=now)
 
     async def close(self) -> None:
         await self._session.close()
@@ -63,6 +72,8 @@ class Sender:
         begun = loop.time()
         status = excerpt = code = message = retry_after = None
         try:
+            if self._proxy is not None:
+                self._guard.check_literal(url)
             async with asyncio.timeout(self._timeout / 1000):
                 async with self._session.post(
                     # The URL was made canonical when it was stored: nothing may re-read it differently now.
@@ -70,6 +81,7 @@ class Sender:
                     data=body,
                     headers=headers,
                     allow_redirects=False,
+                    proxy=self._proxy,
                 ) as response:
                     status = response.status
                     retry_after = parse_retry_after(response.headers.get("retry-after"), started_at)
@@ -100,7 +112,8 @@ async def _excerpt(response: ClientResponse) -> str:
         read += chunk
     if not response.content.at_eof():
         response.close()
-    return bytes(read[:_KEPT]).decode("utf-8", "replace").replace("\0", "\ufffd")
+    text = bytes(read[:_KEPT]).decode("utf-8", "replace").replace("\0", "\ufffd")
+    return text.encode()[:_KEPT].decode("utf-8", "ignore")
 
 
 def _judge(status: int) -> tuple[Code | None, str | None]:
@@ -114,6 +127,8 @@ def _judge(status: int) -> tuple[Code | None, str | None]:
 def _explain(error: Exception, timeout: int) -> tuple[Code, str]:
     if isinstance(cause(error), BlockedAddress):
         return Code.BLOCKED_ADDRESS, str(cause(error))
+    if isinstance(error, aiohttp.InvalidURL):
+        return Code.BLOCKED_ADDRESS, "this URL cannot be connected to"
     code = next((code for kind, code in _FAILURES if isinstance(error, kind)), Code.INTERNAL)
     if code is Code.TIMEOUT:
         return code, f"no whole answer within {timeout / 1000:g} s"
