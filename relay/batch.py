@@ -5,6 +5,8 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+from relay.errors import StoreError
+
 T = TypeVar("T")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
@@ -14,7 +16,8 @@ class Batch(Generic[T, R]):
     """Calls `write` with all the items that gathered since its last call began, at most `limit` at a time.
 
     Awaiting a call returns that item's result once `write` has returned, so what `write` made durable is
-    durable then. A write that fails is repeated item by item: one bad item fails alone.
+    durable then. A write that fails is repeated item by item, so that one bad item fails alone, unless
+    the store took nothing at all.
     """
 
     def __init__(self, write: Callable[[Sequence[T]], Awaitable[Sequence[R]]], *, limit: int = 500) -> None:
@@ -48,14 +51,14 @@ class Batch(Generic[T, R]):
         try:
             results = await self._write([item for item, _ in group])
         except Exception as error:
-            if len(group) > 1:
+            if len(group) > 1 and not (isinstance(error, StoreError) and error.general):
                 log.warning("a write of %d failed, repeating it one by one: %s", len(group), error)
                 for one in group:
                     await self._settle([one])
                 return
-            _, future = group[0]
-            if not future.done():
-                future.set_exception(error)
+            for _, future in group:
+                if not future.done():
+                    future.set_exception(error)
             return
         for (_, future), result in zip(group, results, strict=True):
             # A caller that went away is told nothing; its item is written all the same.

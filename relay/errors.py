@@ -9,7 +9,8 @@
     │  ├─ NotFound 404          unknown, or another tenant's
     │  ├─ Conflict 409          the state of the thing does not allow it
     │  ├─ TooLarge 413          over a limit
-    │  └─ Invalid 422           well-formed but wrong: names each field
+    │  ├─ Invalid 422           well-formed but wrong: names each field
+    │  └─ Limited 429           too much for now: carries when to come back
     ├─ ProviderError            a provider could not be asked, or its answer could not be read
     └─ StoreError               the database did not take it: nothing was acknowledged (503)
 
@@ -81,6 +82,17 @@ class Invalid(Refused):
         self.errors = errors
 
 
+class Limited(Refused):
+    """`retry_after` in milliseconds."""
+
+    status = 429
+    title = "Limited"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class ProviderError(RelayError):
     """Asking a provider went wrong; never a generation's failure.
 
@@ -95,4 +107,11 @@ class ProviderError(RelayError):
 
 
 class StoreError(RelayError):
-    """The database did not take it; the driver's own error is the cause."""
+    """The database did not take it; the driver's own error is the cause.
+
+    `general`: it would not have taken anything else either (it is full, locked, gone).
+    """
+
+    def __init__(self, message: str, *, general: bool = True) -> None:
+        super().__init__(message)
+        self.general = general

@@ -1,10 +1,13 @@
 """What Relay remembers, on a real SQLite file."""
 
 import asyncio
+import json
+import re
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +18,14 @@ import pytest
 from relay import event
 from relay.delivery import Answer, Claimed, Code, Settlement, Status, Trigger
 from relay.endpoint import Endpoint
-from relay.errors import ConfigError, Conflict, Invalid, NotFound, StoreError
+from relay.errors import ConfigError, Conflict, Invalid, NotFound, Refused, StoreError
 from relay.generation import Generation, LearnedBy, Output, Update
 from relay.generation import Status as Is
 from relay.ids import new_id
 from relay.prune import prune
 from relay.schedule import Asked
 from relay.store import Store, open_database, store_on
-from relay.store.events import Change, Handoff
+from relay.store.events import Change, Handoff, Publication
 from relay.store.generations import Hint, Watch
 from relay.store.idempotency import Idempotency
 from relay.store.migrate import migrate
@@ -30,7 +33,7 @@ from relay.store.migrate import migrate
 NOW = 1_800_000_000_000
 SECOND, DAY = 1_000, 86_400_000
 TENANT = "default"
-NOTHING_HANDED_OVER = Handoff("", NOW, 0)
+NOTHING_HANDED_OVER = Handoff("", NOW, lambda destination, size: False)
 DONE = Update(status=Is.COMPLETED, provider_status="completed", outputs=(Output("https://a.test/1.png"),))
 BROKEN = Update(status=Is.FAILED, provider_status="failed")
 LATE = Update(status=Is.TIMED_OUT)
@@ -89,12 +92,17 @@ def change_of(generation: Generation, update: Update = DONE, *, now: int = NOW) 
     return Change(after, event.ending(after, now=now) if after.ended else None)
 
 
+def taking(room: int, *, now: int = NOW) -> Handoff:
+    """Takes the next `room` deliveries, wherever they go."""
+    left = iter(range(room))
+    return Handoff("handed over", now + 45 * SECOND, lambda destination, size: next(left, None) is not None)
+
+
 async def announced(
     store: Store, generation: Generation, update: Update = DONE, *, now: int = NOW, room: int = 0
 ) -> tuple[event.Event, Sequence[Claimed]]:
-    handoff = Handoff("handed over", now + 45 * SECOND, room)
     [made], claimed = await store.events.record(
-        [change_of(generation, update, now=now)], [], handoff, now=now
+        [change_of(generation, update, now=now)], [], taking(room, now=now), now=now
     )
     return made, claimed
 
@@ -103,21 +111,36 @@ async def pending(store: Store, **changes: Any) -> Claimed:
     """One delivery that is due, claimed under the lease `lease`."""
     await registered(store)
     await announced(store, await watched(store, **changes))
-    [one] = await store.deliveries.claim(now=NOW, limit=10, lease="lease", lease_until=NOW + 45 * SECOND)
+    [one] = await claimed_deliveries(store)
     return one
+
+
+def an_event(type_: str = "a.b", name: str | None = None, **changes: Any) -> event.Event:
+    return replace(event.published(TENANT, type_, {}, name, now=NOW), **changes)
+
+
+async def published(
+    store: Store, *events: event.Event, key: Idempotency | None = None, handoff: Handoff = NOTHING_HANDED_OVER
+) -> Sequence[event.Event]:
+    [result], _ = await store.events.publish([Publication(TENANT, events, key)], handoff, now=NOW)
+    assert not isinstance(result, Refused)
+    return result
 
 
 def settlement(one: Claimed, status: Status = Status.DELIVERED, **changes: Any) -> Settlement:
     answer = Answer(started_at=NOW, duration_ms=7, status=204, body="ok")
     due_at = NOW + 5 * SECOND if status is Status.PENDING else None
-    made = Settlement(one.id, one.lease, one.attempts + 1, one.trigger, answer, status, due_at)
+    made = Settlement(
+        one.id, one.lease, one.attempts + 1, one.trigger, answer, status, due_at,
+        endpoint_id=one.endpoint_id, event_id=one.event_id,
+    )  # fmt: skip
     return replace(made, **changes)
 
 
 def asked(generation: Generation, **changes: Any) -> Asked:
     made = Asked(
         generation_id=generation.id, lease=generation.lease or "", at=NOW, due_at=NOW + 4 * SECOND, errors=0,
-        missing=0, hint_asks=None, last_error=None,
+        missing=0, hint_asks=None, hints=generation.hints, last_error=None,
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -128,7 +151,37 @@ async def rows(store: Store, sql: str, **values: Any) -> list[dict[str, Any]]:
 
 
 async def claimed_generations(store: Store, *, now: int, lease: str = "lease", limit: int = 100) -> Any:
-    return await store.generations.claim(now=now, limit=limit, lease=lease, lease_until=now + 60 * SECOND)
+    wanted = {"luma": limit}
+    return await store.generations.claim(wanted, now=now, lease=lease, lease_until=now + 60 * SECOND)
+
+
+async def claimed_deliveries(
+    store: Store, *, now: int = NOW, lease: str = "lease", limit: int = 10, lease_until: int | None = None
+) -> Sequence[Claimed]:
+    """Up to `limit` of each destination that has something due."""
+    found = await store.deliveries.destinations(now=now, after="", limit=100)
+    wanted = {name: limit for name, is_due in found if is_due}
+    until = now + 45 * SECOND if lease_until is None else lease_until
+    return await store.deliveries.claim(wanted, now=now, lease=lease, lease_until=until)
+
+
+async def the(store: Store, generation: Generation) -> Generation:
+    """The generation as it is now."""
+    found = await store.generations.get(TENANT, generation.id)
+    assert found is not None
+    return found
+
+
+async def delivery_of(store: Store, one: Claimed) -> Any:
+    found = await store.deliveries.get(TENANT, one.id)
+    assert found is not None
+    return found
+
+
+async def endpoint_of(store: Store, one: Claimed) -> Endpoint:
+    found = await store.endpoints.get(TENANT, one.endpoint_id or "")
+    assert found is not None
+    return found
 
 
 # What is impossible, the database refuses.
@@ -142,20 +195,24 @@ ROWS: dict[str, dict[str, Any]] = {
     "generations": {
         "id": "gen_1", "tenant": "t", "account": "a", "provider": "p", "job_id": "j", "status": "queued",
         "metadata": "{}", "awaits_callback": 0, "late": 0, "created_at": 1, "deadline_at": 2, "due_at": 1,
-        "asks": 0, "errors": 0, "missing": 0, "version": 0,
+        "asks": 0, "errors": 0, "missing": 0, "hints": 0, "version": 0,
     },
     "events": {
         "id": "evt_1", "tenant": "t", "type": "x", "generation_id": "gen_1", "ending": "completed",
-        "body": b"{}", "created_at": 1,
+        "source_id": "order-1", "body": b"{}", "created_at": 1,
     },
     "deliveries": {
-        "id": "dlv_1", "tenant": "t", "event_id": "evt_1", "endpoint_id": "ep_1", "status": "pending",
-        "attempts": 0, "run_attempts": 0, "next_trigger": "scheduled", "due_at": 1, "created_at": 1,
-        "updated_at": 1,
+        "id": "dlv_1", "tenant": "t", "event_id": "evt_1", "endpoint_id": "ep_1", "destination": "ep_1",
+        "status": "pending", "attempts": 0, "run_attempts": 0, "next_trigger": "scheduled", "due_at": 1,
+        "created_at": 1, "updated_at": 1,
     },
     "attempts": {
         "id": "att_1", "delivery_id": "dlv_1", "number": 1, "started_at": 1, "duration_ms": 1,
         "reason": "scheduled",
+    },
+    "idempotency_keys": {
+        "tenant": "t", "key": "k", "request_hash": "h", "resource_id": "gen_1", "status": 201,
+        "created_at": 1,
     },
 }  # fmt: skip
 
@@ -211,8 +268,10 @@ async def test_an_impossible_row_is_refused_by_name(
     ("table", "changes", "refusal"),
     [
         ("keys", {"id": "key_2"}, "UNIQUE constraint failed: keys.hash"),
-        ("generations", {"id": "gen_2"}, "UNIQUE constraint failed: generations.tenant"),
-        ("events", {"id": "evt_2"}, "UNIQUE constraint failed: events.generation_id, events.ending"),
+        ("generations", {"id": "gen_2"}, "UNIQUE constraint failed: .*generations.job_id"),
+        ("events", {"id": "evt_2", "source_id": None}, "failed: events.generation_id, events.ending"),
+        ("events", {"id": "evt_2", "generation_id": None}, "UNIQUE constraint failed: .*events.source_id"),
+        ("idempotency_keys", {"resource_id": "gen_2"}, "UNIQUE constraint failed: idempotency_keys.tenant"),
         ("deliveries", {"id": "dlv_2"}, "UNIQUE constraint failed: deliveries.event_id"),
         ("deliveries", {"id": "dlv_2", "event_id": "evt_9"}, "FOREIGN KEY"),
         ("attempts", {"id": "att_2"}, "UNIQUE constraint failed: attempts.delivery_id, attempts.number"),
@@ -300,10 +359,26 @@ async def test_commits_are_durable_and_readers_do_not_wait(store: Store):
         assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
 
 
-async def test_nothing_is_written_while_reading(store: Store):
+@pytest.mark.parametrize("browse", [True, False])
+async def test_nothing_is_written_while_reading(store: Store, browse: bool):
     with pytest.raises(StoreError):
-        async with store.database.read() as tx:
+        async with store.database.read(browse=browse) as tx:
             await tx.execute("DELETE FROM tenants")
+
+
+@pytest.mark.parametrize("browse", [True, False])
+async def test_somebody_who_browses_and_the_others_do_not_wait_for_each_other(store: Store, browse: bool):
+    async with asyncio.timeout(10), store.database.read(browse=browse) as held:
+        async with store.database.read(browse=not browse) as tx:
+            assert await tx.fetch("SELECT id FROM tenants") != []
+        assert await held.fetch("SELECT id FROM tenants") != []
+
+
+async def test_who_browses_sees_what_was_committed_before(store: Store):
+    for _ in range(2):
+        made = await watched(store, None)
+        [newest] = await store.generations.page(TENANT, {}, limit=1, cursor=None)
+        assert newest == made
 
 
 async def test_what_raises_inside_a_transaction_undoes_all_of_it(store: Store):
@@ -351,8 +426,30 @@ async def test_probe_fails_on_a_closed_database(tmp_path: Path):
     async with opened(tmp_path / "relay.db") as store:
         await migrate(store.database, now=NOW)
         await store.database.probe()
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError) as refusal:
         await store.database.probe()
+    assert refusal.value.general
+
+
+@pytest.mark.parametrize("changes", [{"id": "ep_1"}, {"url": None}, {"description": "\ud800"}])
+async def test_what_is_wrong_with_one_row_is_no_general_failure(store: Store, changes: dict[str, Any]):
+    await insert(store, "endpoints")
+    with pytest.raises(StoreError) as refusal:
+        await insert(store, "endpoints", **{"id": "ep_2", **changes})
+    assert not refusal.value.general
+    await insert(store, "endpoints", id="ep_3")
+
+
+async def test_a_full_disk_is_a_general_failure_that_passes(store: Store):
+    async with store.database.write() as tx:
+        [[pages]] = await tx.fetch("PRAGMA page_count")
+        await tx.fetch(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreError) as refusal:
+        await insert(store, "endpoints", description="x" * 100_000)
+    assert refusal.value.general
+    async with store.database.write() as tx:
+        await tx.fetch("PRAGMA max_page_count = 1000000")
+    await insert(store, "endpoints", description="x" * 100_000)
 
 
 # Tenants and keys.
@@ -397,6 +494,60 @@ async def test_changing_an_endpoint_leaves_its_state_and_other_tenants_alone(sto
         made, url="https://b.test/", description="new", updated_at=NOW + 2, disabled_at=NOW + 1,
         disabled_reason="why",
     )  # fmt: skip
+
+
+async def test_every_field_that_its_owner_may_change_is_changed_and_no_other(store: Store):
+    made = await registered(store)
+    changes = {
+        "url": "https://b.test/", "description": "d", "event_types": ["a.b"], "accounts": ["luma"],
+        "headers": {"x-a": "1"}, "rate_limit": 2.5, "metadata": {"n": [1, None]},
+    }  # fmt: skip
+    others = {"id": "ep_other", "tenant": "t", "secret": "s", "disabled_at": 1, "created_at": 1}
+    changed = await store.endpoints.change(TENANT, made.id, changes | others, now=NOW + 1)
+    assert changed == replace(made, **changes, updated_at=NOW + 1)
+    assert await store.endpoints.get(TENANT, made.id) == changed
+
+
+async def test_what_is_deleted_is_neither_changed_nor_given_a_secret(store: Store):
+    made = await registered(store)
+    await store.endpoints.delete(TENANT, made.id, now=NOW)
+    before = await rows(store, "SELECT * FROM endpoints")
+    assert await store.endpoints.change(TENANT, made.id, {"url": "https://b.test/"}, now=NOW + 1) is None
+    await store.endpoints.rotate(TENANT, made.id, "new", expires_at=NOW + 9, now=NOW + 1)
+    await store.endpoints.enable(TENANT, made.id, now=NOW + 1)
+    assert await rows(store, "SELECT * FROM endpoints") == before
+
+
+async def test_a_rotated_secret_leaves_the_one_before_it_valid_for_a_while_and_no_older_one(store: Store):
+    made = await registered(store)
+    await store.endpoints.rotate("another tenant", made.id, "evil", expires_at=NOW + 9, now=NOW)
+    for n in (2, 3):
+        await store.endpoints.rotate(TENANT, made.id, f"whsec_{n}", expires_at=NOW + 10 * n, now=NOW + n)
+    assert await store.endpoints.get(TENANT, made.id) == replace(
+        made, secret="whsec_3", previous_secret="whsec_2", previous_secret_expires_at=NOW + 30,
+        updated_at=NOW + 3,
+    )  # fmt: skip
+    await published(store, an_event("generation.completed"))
+    [valid] = await claimed_deliveries(store, now=NOW + 29, lease_until=NOW + 30)
+    [expired] = await claimed_deliveries(store, now=NOW + 30)
+    assert (valid.secrets, expired.secrets) == (("whsec_3", "whsec_2"), ("whsec_3",))
+
+
+async def test_disabling_leaves_what_is_on_its_way_to_others_and_what_has_ended(store: Store):
+    one = await pending(store)
+    await store.deliveries.settle([settlement(one)], now=NOW)
+    other = await registered(store)
+    await announced(store, await watched(store, "job-2", callback_url="https://callback.test/"))
+    assert one.endpoint_id is not None
+    await store.endpoints.disable("another tenant", other.id, reason="why", now=NOW)
+    await store.endpoints.disable(TENANT, one.endpoint_id, reason="why", now=NOW)
+    found = await rows(store, "SELECT endpoint_id, status FROM deliveries ORDER BY status, endpoint_id")
+    assert found == [
+        {"endpoint_id": one.endpoint_id, "status": "canceled"},
+        {"endpoint_id": one.endpoint_id, "status": "delivered"},
+        {"endpoint_id": None, "status": "pending"},
+        {"endpoint_id": other.id, "status": "pending"},
+    ]
 
 
 async def test_disabling_cancels_what_is_on_its_way_and_enabling_does_not_bring_it_back(store: Store):
@@ -491,6 +642,36 @@ async def test_a_claim_takes_at_most_its_limit_of_what_is_due_and_earliest_first
     assert await claimed_generations(store, now=NOW + 3) == []
 
 
+async def test_a_claim_takes_of_each_account_what_is_wanted_of_it(store: Store):
+    made = {
+        account: [await watched(store, f"{account}-{n}", account=account, due_at=NOW + n) for n in range(3)]
+        for account in ("luma", "pictory", "vivix")
+    }
+    claim = store.generations.claim
+    taken = await claim({"luma": 2, "pictory": 9, "x": 9}, now=NOW + 2, lease="1", lease_until=NOW + DAY)
+    assert {one.id for one in taken} == {one.id for one in (*made["luma"][:2], *made["pictory"])}
+    assert {(one.lease, one.due_at) for one in taken} == {("1", NOW + DAY)}
+    assert await claim({}, now=NOW + 2, lease="2", lease_until=NOW + DAY) == []
+
+
+async def test_what_is_overdue_is_claimed_of_whichever_account_the_latest_first(store: Store):
+    accounts = ("luma", "pictory", "not configured any more")
+    late = [
+        await watched(store, account=name, deadline_at=NOW + n, due_at=NOW) for n, name in enumerate(accounts)
+    ]
+    await watched(store, "has time", deadline_at=NOW + 4, due_at=NOW)
+    await watched(store, "not due", deadline_at=NOW, due_at=NOW + 4)
+    announced_late = await watched(store, "timed out", deadline_at=NOW, due_at=NOW)
+    await announced(store, announced_late, LATE)
+    claim = store.generations.claim_overdue
+    first = await claim(now=NOW + 3, limit=2, lease="1", lease_until=NOW + DAY)
+    second = await claim(now=NOW + 3, limit=9, lease="2", lease_until=NOW + DAY)
+    assert {one.id for one in first} == {one.id for one in late[:2]}
+    assert [one.id for one in second] == [late[2].id]
+    assert {(one.lease, one.due_at) for one in first} == {("1", NOW + DAY)}
+    assert await claim(now=NOW + 3, limit=9, lease="3", lease_until=NOW + DAY) == []
+
+
 async def test_a_claim_that_nobody_finishes_comes_due_again(store: Store):
     await watched(store, due_at=NOW)
     assert len(await claimed_generations(store, now=NOW)) == 1
@@ -504,17 +685,6 @@ async def test_recover_makes_the_claims_of_a_dead_relay_due_and_nothing_else(sto
     assert await store.generations.recover(now=NOW) == 1
     assert [one.id for one in await claimed_generations(store, now=NOW)] == [claimed.id]
     assert await store.generations.get(TENANT, waiting.id) == waiting
-
-
-async def test_postponing_gives_a_claim_back_but_not_one_that_was_lost(store: Store):
-    made = await watched(store, due_at=NOW)
-    [stale] = await claimed_generations(store, now=NOW, lease="1")
-    [held] = await claimed_generations(store, now=NOW + 60 * SECOND, lease="2")
-    await store.generations.postpone([(stale, NOW)])
-    assert await claimed_generations(store, now=NOW + 60 * SECOND) == []
-    await store.generations.postpone([(held, NOW + 61 * SECOND)])
-    [again] = await claimed_generations(store, now=NOW + 61 * SECOND)
-    assert (again.id, again.asks) == (made.id, 0)
 
 
 async def test_one_can_be_claimed_before_it_is_due_unless_it_has_ended(store: Store):
@@ -554,12 +724,38 @@ async def test_a_hint_makes_it_due_at_once_but_a_second_after_the_last_ask(store
     assert (second.due_at, second.hint_asks) == (NOW + SECOND, 0)
 
 
-async def test_a_hint_takes_the_lease_of_an_ask_in_flight(store: Store):
+async def test_a_hint_waits_for_the_ask_in_flight_and_has_it_asked_again_a_second_later(store: Store):
+    await watched(store, due_at=NOW)
+    [claimed] = await claimed_generations(store, now=NOW)
+    await store.generations.hint([Hint(claimed.id, None)] * 2, now=NOW + 1)
+    hinted = await the(store, claimed)
+    assert hinted == replace(claimed, hints=2, hint_asks=0)
+    report = asked(claimed, at=NOW + 2, missing=2, hint_asks=None)
+    await store.events.record([], [report], NOTHING_HANDED_OVER, now=NOW + 2)
+    after = await the(store, claimed)
+    assert (after.lease, after.due_at) == (None, NOW + 2 + SECOND)
+    assert (after.hint_asks, after.missing, after.asks) == (0, 0, 1)
+
+
+async def test_a_hint_that_the_ask_knew_of_does_not_have_it_asked_again(store: Store):
+    made = await watched(store)
+    await store.generations.hint([Hint(made.id, None)], now=NOW)
+    [claimed] = await claimed_generations(store, now=NOW)
+    assert (claimed.hints, claimed.hint_asks) == (1, 0)
+    await store.events.record([], [asked(claimed, hint_asks=1)], NOTHING_HANDED_OVER, now=NOW)
+    after = await the(store, claimed)
+    assert (after.due_at, after.hint_asks, after.hints) == (NOW + 4 * SECOND, 1, 1)
+
+
+async def test_a_hint_during_the_ask_that_brings_the_end_asks_no_more(store: Store):
     await watched(store, due_at=NOW)
     [claimed] = await claimed_generations(store, now=NOW)
     await store.generations.hint([Hint(claimed.id, None)], now=NOW)
-    await store.events.record([], [asked(claimed)], NOTHING_HANDED_OVER, now=NOW)
-    assert [one.id for one in await claimed_generations(store, now=NOW)] == [claimed.id]
+    await store.events.record(
+        [change_of(claimed)], [asked(claimed, due_at=None)], NOTHING_HANDED_OVER, now=NOW
+    )
+    after = await the(store, claimed)
+    assert (after.status, after.due_at, after.lease) == (Is.COMPLETED, None, None)
 
 
 async def test_a_hint_claims_a_job_only_where_none_is_known(store: Store):
@@ -570,10 +766,19 @@ async def test_a_hint_claims_a_job_only_where_none_is_known(store: Store):
     assert first is not None and second is not None
     assert (first.job_id, first.claimed_job_id) == (None, "claimed")
     assert (second.job_id, second.claimed_job_id) == ("mine", None)
-    await store.generations.drop_claim(first.id)
-    dropped = await store.generations.get(TENANT, first.id)
-    assert dropped is not None
-    assert (dropped.claimed_job_id, dropped.hint_asks) == (None, None)
+
+
+async def test_a_claimed_job_is_dropped_unless_another_was_claimed_meanwhile(store: Store):
+    made = await watched(store, None)
+    await store.generations.hint([Hint(made.id, "wrong")], now=NOW)
+    wrong = await the(store, made)
+    await store.generations.hint([Hint(made.id, "right")], now=NOW)
+    right = await the(store, made)
+    await store.generations.drop_claim(wrong)
+    assert await the(store, made) == right
+    assert right.claimed_job_id == "right"
+    await store.generations.drop_claim(right)
+    assert await the(store, made) == replace(right, claimed_job_id=None, hint_asks=None)
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -612,7 +817,7 @@ async def test_a_deleted_generation_is_never_announced(store: Store):
     assert not await store.generations.delete("another tenant", made.id)
     assert await store.generations.delete(TENANT, made.id)
     assert not await store.generations.delete(TENANT, made.id)
-    recorded = await store.events.record([change_of(made)], [], Handoff("l", NOW, 9), now=NOW)
+    recorded = await store.events.record([change_of(made)], [], taking(9), now=NOW)
     assert recorded == ([], [])
     assert await rows(store, "SELECT * FROM deliveries") == []
 
@@ -623,10 +828,9 @@ async def test_a_deleted_generation_is_never_announced(store: Store):
 async def test_an_ending_is_announced_once_however_many_saw_it(store: Store):
     await registered(store)
     made = await watched(store)
-    handoff = Handoff("lease", NOW + SECOND, 9)
     results = await asyncio.gather(
         *(
-            store.events.record([change_of(made, update)], [], handoff, now=NOW)
+            store.events.record([change_of(made, update)], [], taking(9), now=NOW)
             for update in (DONE, BROKEN) * 5
         )
     )
@@ -690,13 +894,30 @@ async def test_only_as_many_deliveries_are_handed_over_as_there_is_room(store: S
     ]
 
 
+async def test_who_takes_a_delivery_is_told_where_it_goes_and_how_large_it_is(store: Store):
+    first, second = await registered(store), await registered(store)
+    made = await watched(store, callback_url="https://callback.test:8443/a?b")
+    told = []
+
+    def takes(destination: str, size: int) -> bool:
+        told.append((destination, size))
+        return destination == second.id
+
+    handoff = Handoff("lease", NOW + SECOND, takes)
+    [fact], [taken] = await store.events.record([change_of(made)], [], handoff, now=NOW)
+    destinations = [first.id, second.id, "callback:callback.test:8443"]
+    assert told == [(name, len(fact.body)) for name in destinations]
+    assert (taken.endpoint_id, taken.destination) == (second.id, second.id)
+
+
 async def test_what_is_handed_over_equals_what_a_claim_would_have_given(store: Store):
-    await registered(store, headers={"x-a": "1"}, previous_secret="old", previous_secret_expires_at=NOW + DAY)
+    await registered(
+        store, headers={"x-a": "1"}, rate_limit=2.5, previous_secret="old",
+        previous_secret_expires_at=NOW + DAY,
+    )  # fmt: skip
     made = await watched(store, callback_url="https://callback.test/")
     _, handed_over = await announced(store, made, room=9)
-    claimed = await store.deliveries.claim(
-        now=NOW + 45 * SECOND, limit=9, lease="lease", lease_until=NOW + DAY - 1
-    )
+    claimed = await claimed_deliveries(store, now=NOW + 45 * SECOND, lease_until=NOW + DAY - 1)
     released = [replace(one, lease="handed over", lease_until=NOW + 45 * SECOND) for one in claimed]
     for one in handed_over:
         assert replace(one, secrets=tuple(one.secrets)) in released
@@ -706,7 +927,7 @@ async def test_what_is_handed_over_equals_what_a_claim_would_have_given(store: S
 async def test_a_test_event_goes_to_its_endpoint_only(store: Store):
     endpoint, _ = await registered(store, event_types=["generation.failed"]), await registered(store)
     made = event.test(TENANT, endpoint.id, now=NOW)
-    delivery_id, [claimed] = await store.events.send(made, endpoint, Handoff("l", NOW + SECOND, 1), now=NOW)
+    delivery_id, [claimed] = await store.events.send(made, endpoint, taking(1), now=NOW)
     assert (claimed.id, claimed.endpoint_id, claimed.body) == (delivery_id, endpoint.id, made.body)
     assert await store.events.get(TENANT, made.id) == made
     assert await store.events.get("another tenant", made.id) is None
@@ -717,28 +938,170 @@ async def test_a_test_event_goes_to_its_endpoint_only(store: Store):
     assert (list(nothing), waiting.status if waiting else None) == ([], Status.PENDING)
 
 
+# Published events.
+
+
+async def test_a_published_event_goes_to_those_of_its_tenant_that_ask_for_its_type(store: Store):
+    wants = await registered(store, event_types=["a.b"])
+    await registered(store)
+    await registered(store, event_types=["a.c"])
+    await registered(store, event_types=["a.b"], accounts=["luma"])
+    another = await registered(store, event_types=["a.b"], tenant="another tenant")
+    made, elsewhere = an_event("a.b", "order-1"), an_event(tenant=another.tenant)
+    wishes = [Publication(TENANT, [made], None), Publication(another.tenant, [elsewhere], None)]
+    results, claimed = await store.events.publish(wishes, taking(9), now=NOW)
+    assert results == [[made], [elsewhere]]
+    assert await store.events.get(TENANT, made.id) == made
+    assert {(one.endpoint_id, one.event_id, one.body) for one in claimed} == {
+        (wants.id, made.id, made.body),
+        (another.id, elsewhere.id, elsewhere.body),
+    }
+
+
+async def test_a_name_is_published_once_for_each_tenant_and_no_name_always(store: Store):
+    await registered(store, event_types=["a.b"])
+    first, again, other = an_event(name="1"), an_event(name="1"), an_event(name="2")
+    assert await published(store, first, again) == [first, first]
+    nameless = [an_event(), an_event()]
+    assert await published(store, again, other, *nameless) == [first, other, *nameless]
+    elsewhere = an_event(name="1", tenant="another tenant")
+    wish = Publication("another tenant", [elsewhere, replace(elsewhere, id=again.id)], None)
+    [result], _ = await store.events.publish([wish], NOTHING_HANDED_OVER, now=NOW)
+    assert result == [elsewhere, elsewhere]
+    assert await published(store, again) == [first]
+    assert {one.event_id for one in await claimed_deliveries(store)} == {
+        one.id for one in (first, other, *nameless)
+    }
+
+
+async def test_an_idempotency_key_publishes_once_and_a_misused_key_fails_alone(store: Store):
+    await registered(store, event_types=["a.b"])
+    same, other = Idempotency("k", "hash"), Idempotency("k", "other hash")
+    first = [an_event(), an_event(name="1")]
+    wishes = [
+        Publication(TENANT, first, same),
+        Publication(TENANT, [an_event()], same),
+        Publication(TENANT, [an_event()], other),
+        Publication("another tenant", [an_event(tenant="another tenant")], other),
+        Publication(TENANT, [plain := an_event()], None),
+    ]
+    (made, again, misused, elsewhere, fine), claimed = await store.events.publish(wishes, taking(9), now=NOW)
+    assert made == again == first
+    assert isinstance(misused, Invalid)
+    assert (elsewhere, fine) == (list(wishes[3].events), [plain])
+    assert {one.event_id for one in claimed} == {one.id for one in (*first, plain)}
+    assert await published(store, an_event(), an_event(), key=same) == first
+    assert len(await rows(store, "SELECT id FROM events")) == 4
+    assert len(await rows(store, "SELECT id FROM deliveries")) == 3
+
+
+async def test_a_key_remembers_what_it_was_answered_in_its_order_and_what_was_there_before(store: Store):
+    key = Idempotency("k", "hash")
+    before = an_event(name="before")
+    await published(store, before)
+    fresh = an_event(name="fresh")
+    for _ in range(2):
+        assert await published(store, fresh, an_event(name="before"), fresh, key=key) == [
+            fresh, before, fresh,
+        ]  # fmt: skip
+
+
+async def test_a_key_whose_events_are_gone_is_refused(store: Store):
+    key = Idempotency("k", "hash")
+    await published(store, an_event(), key=key)
+    assert await store.retention.remove_events(before=NOW + DAY, limit=9) == 1
+    [refusal], _ = await store.events.publish(
+        [Publication(TENANT, [an_event()], key)], NOTHING_HANDED_OVER, now=NOW
+    )
+    assert isinstance(refusal, Conflict)
+    assert await rows(store, "SELECT id FROM events") == []
+
+
+@pytest.mark.parametrize("key", [None, Idempotency("k", "hash")])
+async def test_all_of_a_publication_is_stored_or_nothing(store: Store, key: Idempotency | None):
+    await registered(store, event_types=["a.b"])
+    stored = an_event()
+    await published(store, stored)
+    fine, bad = an_event(name="1"), replace(an_event(), id=stored.id)
+    wishes = [Publication(TENANT, [an_event()], None), Publication(TENANT, [fine, bad], key)]
+    with pytest.raises(StoreError) as refusal:
+        await store.events.publish(wishes, taking(9), now=NOW)
+    assert not refusal.value.general
+    assert await rows(store, "SELECT id FROM events") == [{"id": stored.id}]
+    assert len(await rows(store, "SELECT id FROM deliveries")) == 1
+    assert await published(store, fine, key=key) == [fine]
+
+
 # Deliveries.
 
 
+async def test_destinations_are_walked_in_order_and_say_whether_something_is_due(store: Store):
+    due, later, sending, done = sorted([await registered(store) for _ in range(4)], key=lambda one: one.id)
+    await announced(store, await watched(store, callback_url="https://callback.test/1"))
+    await announced(store, await watched(store, "2", callback_url="https://callback.test/2"))
+    for one in await claimed_deliveries(store):
+        status = Status.DELIVERED if one.endpoint_id == done.id else Status.PENDING
+        if one.destination in (due.id, "callback:callback.test"):
+            await store.deliveries.release([one], now=NOW)
+        elif one.endpoint_id != sending.id:
+            await store.deliveries.settle([settlement(one, status)], now=NOW)
+    whole = [("callback:callback.test", True), (due.id, True), (later.id, False), (sending.id, False)]
+    walk = store.deliveries.destinations
+    assert await walk(now=NOW, after="", limit=9) == whole
+    assert await walk(now=NOW, after="", limit=2) == whole[:2]
+    assert await walk(now=NOW, after=whole[1][0], limit=2) == whole[2:]
+    assert await walk(now=NOW, after=whole[3][0], limit=2) == []
+    assert [is_due for _, is_due in await walk(now=NOW + 45 * SECOND, after="", limit=9)] == [True] * 4
+
+
+async def test_a_claim_takes_of_each_destination_what_is_wanted_of_it_and_earliest_first(store: Store):
+    first, second, third = [await registered(store, event_types=["a.b"]) for _ in range(3)]
+    for n in range(3):
+        wish = Publication(TENANT, [an_event(name=str(n))], None)
+        await store.events.publish([wish], NOTHING_HANDED_OVER, now=NOW + n)
+    wanted = {third.id: 1, first.id: 2, "ep_unknown": 5}
+    claimed = await store.deliveries.claim(wanted, now=NOW + 2, lease="1", lease_until=NOW + DAY)
+    names = {one["id"]: one["source_id"] for one in await rows(store, "SELECT id, source_id FROM events")}
+    assert sorted((one.destination, names[one.event_id]) for one in claimed) == [
+        (first.id, "0"), (first.id, "1"), (third.id, "0"),
+    ]  # fmt: skip
+    assert await store.deliveries.claim({}, now=NOW + 2, lease="2", lease_until=NOW + DAY) == []
+    rest = await claimed_deliveries(store, now=NOW + 2, lease="3")
+    assert Counter(one.destination for one in rest) == {first.id: 1, second.id: 3, third.id: 2}
+
+
+@pytest.mark.parametrize(("most_bytes", "taken"), [(0, 1), (249, 1), (250, 2), (10_000, 4)])
+async def test_a_claim_takes_no_more_bytes_than_it_is_told_but_one_however_large(
+    store: Store, most_bytes: int, taken: int
+):
+    one, other = [await registered(store, event_types=["a.b"]) for _ in range(2)]
+    await published(store, an_event(body=b"x" * 125), an_event(body=b"x" * 125))
+    wanted = {one.id: 9, other.id: 9}
+    first = await store.deliveries.claim(
+        wanted, now=NOW, lease="1", lease_until=NOW + SECOND, most_bytes=most_bytes
+    )
+    assert len(first) == taken
+    rest = await claimed_deliveries(store, lease="2")
+    assert len({delivery.id for delivery in (*first, *rest)}) == len(first) + len(rest) == 4
+    assert {delivery.attempts for delivery in rest} <= {0}
+
+
 async def test_a_claim_of_deliveries_takes_at_most_its_limit_and_comes_due_again(store: Store):
-    for _ in range(3):
-        await registered(store)
-    await announced(store, await watched(store))
-    deliveries = store.deliveries
-    first = await deliveries.claim(now=NOW, limit=2, lease="1", lease_until=NOW + 45 * SECOND)
-    second = await deliveries.claim(now=NOW, limit=2, lease="2", lease_until=NOW + 45 * SECOND)
+    await registered(store, event_types=["a.b"])
+    await published(store, an_event(), an_event(), an_event())
+    first = await claimed_deliveries(store, limit=2, lease="1")
+    second = await claimed_deliveries(store, limit=2, lease="2")
     assert (len(first), len(second)) == (2, 1)
-    assert await deliveries.claim(now=NOW, limit=9, lease="3", lease_until=NOW + 45 * SECOND) == []
-    again = await deliveries.claim(now=NOW + 45 * SECOND, limit=9, lease="4", lease_until=NOW + 90 * SECOND)
+    assert await claimed_deliveries(store, lease="3") == []
+    again = await claimed_deliveries(store, now=NOW + 45 * SECOND, lease="4")
     assert {one.id for one in again} == {one.id for one in (*first, *second)}
 
 
 async def test_a_claimed_delivery_signs_with_the_old_secret_only_while_it_is_valid(store: Store):
     await registered(store, previous_secret="old", previous_secret_expires_at=NOW + 10)
     await announced(store, await watched(store))
-    deliveries = store.deliveries
-    [valid] = await deliveries.claim(now=NOW, limit=1, lease="1", lease_until=NOW + 10)
-    [expired] = await deliveries.claim(now=NOW + 10, limit=1, lease="2", lease_until=NOW + 20)
+    [valid] = await claimed_deliveries(store, lease_until=NOW + 10)
+    [expired] = await claimed_deliveries(store, now=NOW + 10)
     assert (valid.secrets, expired.secrets) == (("whsec_1", "old"), ("whsec_1",))
 
 
@@ -753,17 +1116,13 @@ async def test_settling_logs_the_attempt_and_moves_the_delivery(store: Store):
     assert replace(attempt, id="") == type(attempt)(
         "", 1, NOW, 7, Trigger.SCHEDULED, 500, "oops", "http_status", "the endpoint answered 500"
     )
-    [again] = await store.deliveries.claim(
-        now=NOW + 5 * SECOND, limit=1, lease="2", lease_until=NOW + 50 * SECOND
-    )
+    [again] = await claimed_deliveries(store, now=NOW + 5 * SECOND)
     assert (again.attempts, again.run_attempts) == (1, 1)
 
 
 async def test_settling_with_a_stale_lease_changes_nothing(store: Store):
     stale = await pending(store)
-    [held] = await store.deliveries.claim(
-        now=NOW + 45 * SECOND, limit=1, lease="2", lease_until=NOW + 90 * SECOND
-    )
+    [held] = await claimed_deliveries(store, now=NOW + 45 * SECOND, lease="2")
     before = await rows(store, "SELECT * FROM deliveries")
     await store.deliveries.settle([settlement(stale)], now=NOW + 46 * SECOND)
     await store.deliveries.release([stale], now=NOW)
@@ -792,7 +1151,10 @@ async def test_an_attempt_in_flight_when_its_delivery_is_canceled_is_logged_and_
 async def test_gone_disables_the_endpoint_and_cancels_its_other_deliveries_in_the_same_write(store: Store):
     one, other = await pending(store), await registered(store)
     await announced(store, await watched(store, "job-2"))
-    await store.deliveries.settle([settlement(one, Status.FAILED, disable_endpoint=one.endpoint_id)], now=NOW)
+    gone = settlement(one, Status.FAILED, disable_endpoint=one.endpoint_id)
+    for _ in range(2):
+        assert await store.deliveries.settle([gone], now=NOW) == {one.endpoint_id}
+    assert len(await store.events.page(TENANT, {"type": event.DISABLED}, limit=9, cursor=None)) == 1
     found = await store.deliveries.page(TENANT, {}, limit=10, cursor=None)
     assert sorted((each.endpoint_id == one.endpoint_id, each.status) for each in found) == [
         (False, Status.PENDING),
@@ -807,14 +1169,14 @@ async def test_gone_disables_the_endpoint_and_cancels_its_other_deliveries_in_th
 async def test_releasing_makes_a_delivery_due_without_an_attempt(store: Store):
     one = await pending(store)
     await store.deliveries.release([one], now=NOW)
-    [again] = await store.deliveries.claim(now=NOW, limit=1, lease="2", lease_until=NOW + SECOND)
+    [again] = await claimed_deliveries(store, lease="2")
     assert (again.id, again.attempts) == (one.id, 0)
 
 
 async def test_recover_makes_what_was_being_sent_due_and_leaves_retries_their_time(store: Store):
     one = await pending(store)
     assert await store.deliveries.recover(now=NOW) == 1
-    [again] = await store.deliveries.claim(now=NOW, limit=1, lease="2", lease_until=NOW + SECOND)
+    [again] = await claimed_deliveries(store, lease="2")
     assert again.id == one.id
     await store.deliveries.settle([settlement(again, Status.PENDING)], now=NOW)
     assert await store.deliveries.recover(now=NOW) == 0
@@ -824,12 +1186,12 @@ async def test_a_replay_is_a_fresh_run_under_the_next_number(store: Store):
     one = await pending(store)
     await store.deliveries.settle([settlement(one, Status.FAILED)], now=NOW)
     await store.deliveries.replay(TENANT, one.id, now=NOW + 1)
-    [again] = await store.deliveries.claim(now=NOW + 1, limit=1, lease="2", lease_until=NOW + SECOND)
+    [again] = await claimed_deliveries(store, now=NOW + 1, lease="2")
     assert (again.event_id, again.trigger, again.attempts, again.run_attempts) == (
         one.event_id, Trigger.REPLAY, 1, 0,
     )  # fmt: skip
     await store.deliveries.settle([settlement(again, Status.PENDING)], now=NOW + 1)
-    [retry] = await store.deliveries.claim(now=NOW + DAY, limit=1, lease="3", lease_until=NOW + 2 * DAY)
+    [retry] = await claimed_deliveries(store, now=NOW + DAY, lease="3")
     assert (retry.trigger, retry.attempts, retry.run_attempts) == (Trigger.SCHEDULED, 2, 1)
     assert [each.trigger for each in await store.deliveries.attempts(one.id)] == ["scheduled", "replay"]
 
@@ -842,11 +1204,111 @@ async def test_what_cannot_be_replayed(store: Store):
     with pytest.raises(Conflict, match="sending"):
         await store.deliveries.replay(TENANT, one.id, now=NOW)
     await store.endpoints.disable(TENANT, one.endpoint_id, reason="why", now=NOW)
+    with pytest.raises(Conflict, match="under way"):
+        await store.deliveries.replay(TENANT, one.id, now=NOW)
+    await store.deliveries.settle([settlement(one, Status.FAILED)], now=NOW)
     with pytest.raises(Conflict, match="disabled"):
         await store.deliveries.replay(TENANT, one.id, now=NOW)
     await store.endpoints.delete(TENANT, one.endpoint_id, now=NOW)
     with pytest.raises(Conflict, match="deleted"):
         await store.deliveries.replay(TENANT, one.id, now=NOW)
+
+
+@pytest.mark.parametrize("how", ["settled", "released", "the relay was killed"])
+async def test_what_was_canceled_while_it_was_claimed_can_be_replayed_once_that_is_over(
+    store: Store, how: str
+):
+    one = await pending(store)
+    assert one.endpoint_id is not None
+    await store.endpoints.disable(TENANT, one.endpoint_id, reason="why", now=NOW)
+    await store.endpoints.enable(TENANT, one.endpoint_id, now=NOW)
+    with pytest.raises(Conflict, match="under way"):
+        await store.deliveries.replay(TENANT, one.id, now=NOW)
+    if how == "settled":
+        await store.deliveries.settle([settlement(one, Status.FAILED)], now=NOW)
+    elif how == "released":
+        await store.deliveries.release([one], now=NOW)
+    else:
+        await store.deliveries.recover(now=NOW)
+    assert (await delivery_of(store, one)).status is Status.CANCELED
+    await store.deliveries.replay(TENANT, one.id, now=NOW + 1)
+    [again] = await claimed_deliveries(store, now=NOW + 1, lease="2")
+    assert (again.id, again.trigger) == (one.id, Trigger.REPLAY)
+
+
+# An endpoint that fails for long is given up.
+
+
+async def failing(store: Store, count: int) -> Sequence[Claimed]:
+    """Claimed deliveries of as many events to one endpoint."""
+    await registered(store, event_types=["a.b", "endpoint.disabled"])
+    await published(store, *[an_event() for _ in range(count)])
+    return await claimed_deliveries(store, lease_until=NOW + 100 * DAY)
+
+
+async def answers(store: Store, one: Claimed, status: int, *, at: int, news: bool = True) -> set[str]:
+    answer = Answer(at, 7, status, None, None if status == 204 else Code.HTTP_STATUS)
+    well = answer.accepted if news else None
+    return await store.deliveries.settle(
+        [settlement(one, Status.FAILED, answer=answer, endpoint_is_well=well)], now=at
+    )
+
+
+async def test_five_days_of_failures_of_two_events_give_an_endpoint_up_and_that_is_announced(store: Store):
+    watcher = await registered(store, event_types=["endpoint.disabled"])
+    await registered(store)
+    await registered(store, event_types=["endpoint.disabled"], tenant="another tenant")
+    first, second, third = await failing(store, 3)
+    assert await answers(store, first, 500, at=NOW) == set()
+    ill = await endpoint_of(store, first)
+    assert (ill.failing_since, ill.failing_event, ill.disabled_at) == (NOW, first.event_id, None)
+    then = NOW + 5 * DAY
+    assert await answers(store, second, 500, at=then, news=False) == {first.endpoint_id}
+    ill = await endpoint_of(store, first)
+    assert (ill.disabled_at, ill.disabled_reason) == (then, "every attempt failed for 5 days")
+    assert (await delivery_of(store, third)).status is Status.CANCELED
+    [told] = await claimed_deliveries(store, now=then)
+    assert (told.endpoint_id, told.event_type) == (watcher.id, "endpoint.disabled")
+    data = json.loads(told.body)["data"]
+    assert (data["endpoint_id"], data["url"], data["reason"]) == (ill.id, ill.url, ill.disabled_reason)
+    assert await answers(store, third, 500, at=then + 1) == set()
+    assert len(await store.events.page(TENANT, {"type": "endpoint.disabled"}, limit=9, cursor=None)) == 1
+
+
+async def test_a_day_less_or_one_event_alone_does_not_give_it_up(store: Store):
+    first, again, second = await failing(store, 3)
+    again = replace(again, event_id=first.event_id)
+    await answers(store, first, 500, at=NOW)
+    assert await answers(store, second, 500, at=NOW + 5 * DAY - 1, news=False) == set()
+    assert await answers(store, again, 500, at=NOW + 9 * DAY, news=False) == set()
+    assert (await endpoint_of(store, first)).disabled_at is None
+
+
+async def test_a_success_or_being_enabled_starts_the_five_days_over(store: Store):
+    first, good, second, third = await failing(store, 4)
+    await answers(store, first, 500, at=NOW)
+    await answers(store, good, 204, at=NOW + 4 * DAY)
+    well = await endpoint_of(store, first)
+    assert (well.failing_since, well.failing_event) == (None, None)
+    assert await answers(store, second, 500, at=NOW + 6 * DAY) == set()
+    await store.endpoints.enable(TENANT, well.id, now=NOW + 7 * DAY)
+    assert await answers(store, third, 500, at=NOW + 12 * DAY) == set()
+    ill = await endpoint_of(store, first)
+    assert (ill.failing_since, ill.failing_event) == (NOW + 12 * DAY, third.event_id)
+
+
+@pytest.mark.parametrize("good_is_last", [True, False])
+async def test_a_success_in_the_write_of_the_last_failure_keeps_it(store: Store, good_is_last: bool):
+    first, good, bad = await failing(store, 3)
+    await answers(store, first, 500, at=NOW)
+    broken = Answer(NOW, 7, 500, None, Code.HTTP_STATUS)
+    written = [
+        settlement(good, endpoint_is_well=True),
+        settlement(bad, Status.FAILED, answer=broken, endpoint_is_well=False),
+    ]
+    then = NOW + 6 * DAY
+    assert await store.deliveries.settle(written[:: -1 if good_is_last else 1], now=then) == set()
+    assert (await endpoint_of(store, first)).failing_since == (None if good_is_last else then)
 
 
 # Lists.
@@ -901,47 +1363,243 @@ async def test_filters(store: Store):
     assert await found(store.deliveries, status="delivered") == 0
 
 
-# The hot queries use their partial index.
+@pytest.mark.parametrize("noun", ["generations", "events", "deliveries"])
+async def test_since_is_inclusive_until_is_not_and_both_go_with_the_cursor(store: Store, noun: str):
+    await registered(store)
+    for n in range(5):
+        await announced(store, await watched(store, f"job-{n}", at=NOW + n), now=NOW + n)
+
+    async def times(filters: Mapping[str, Any], cursor: str | None = None) -> list[int]:
+        found = await getattr(store, noun).page(TENANT, filters, limit=10, cursor=cursor)
+        return [one.created_at - NOW for one in found]
+
+    newest, *_ = await getattr(store, noun).page(TENANT, {"until": NOW + 4}, limit=1, cursor=None)
+    assert await times({"since": NOW + 2}) == [4, 3, 2]
+    assert await times({"until": NOW + 2}) == [1, 0]
+    assert await times({"since": NOW + 1, "until": NOW + 4}) == [3, 2, 1]
+    assert await times({"since": NOW + 1, "until": NOW + 4}, newest.id) == [2, 1]
+    assert await times({"since": 0, "until": 253_402_300_799_999}) == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("noun", "narrow"),
+    [("events", "generation_id"), ("deliveries", "generation_id"), ("deliveries", "event_id")],
+)
+async def test_a_narrow_list_is_newest_first_too_and_goes_on_behind_the_cursor(
+    store: Store, noun: str, narrow: str
+):
+    for _ in range(3):
+        await registered(store)
+    made = await watched(store)
+    first, _ = await announced(store, made, LATE)
+    await announced(store, await the(store, made), now=NOW + 1)
+    filters = {narrow: made.id if narrow == "generation_id" else first.id}
+    page = getattr(store, noun).page
+    whole = [one.id for one in await page(TENANT, filters, limit=10, cursor=None)]
+    assert len(whole) == {"events": 2, "deliveries": 6 if narrow == "generation_id" else 3}[noun]
+    assert whole == sorted(whole, reverse=True)
+    rest = await page(TENANT, filters, limit=10, cursor=whole[0])
+    assert [one.id for one in rest] == whole[1:]
+
+
+@pytest.mark.parametrize("status", Status)
+async def test_deliveries_are_listed_by_every_status(store: Store, status: Status):
+    await registered(store, event_types=["a.b"])
+    await published(store, *[an_event() for _ in Status])
+    sending, *others = await claimed_deliveries(store)
+    expected = {Status.SENDING: sending.id}
+    for one, then in zip(others, [Status.DELIVERED, Status.FAILED, Status.PENDING], strict=False):
+        await store.deliveries.settle([settlement(one, then)], now=NOW)
+        expected[then] = one.id
+    async with store.database.write() as tx:
+        await tx.execute(
+            "UPDATE deliveries SET status = 'canceled', due_at = NULL WHERE id = :id", id=others[-1].id
+        )
+    expected[Status.CANCELED] = others[-1].id
+    found = await store.deliveries.page(TENANT, {"status": status}, limit=10, cursor=None)
+    assert [(one.id, one.status) for one in found] == [(expected[status], status)]
+
+
+# No query reads more of a big table than it must.
+
+BIG = {"generations", "events", "deliveries", "attempts", "e", "d", "a"}
 
 
 class Explaining:
-    """A database that also notes the query plan of every statement about a table."""
+    """A database that also notes the query plan of every statement."""
 
-    def __init__(self, store: Store, table: str) -> None:
-        self._database, self._table = store.database, table
+    def __init__(self, store: Store) -> None:
+        self._database = store.database
         self.skip_locked = store.database.skip_locked
-        self.plans: list[str] = []
+        self.plan: list[str] = []
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Any]:
-        async with self._database.write() as tx:
-            self._tx = tx
+        async with self._database.write() as self._tx:
+            yield self
+
+    @asynccontextmanager
+    async def read(self, *, browse: bool = False) -> AsyncIterator[Any]:
+        async with self._database.read(browse=browse) as self._tx:
             yield self
 
     async def execute(self, sql: str, **values: Any) -> int:
         await self._explain(sql, values)
         return await self._tx.execute(sql, **values)
 
+    async def execute_many(self, sql: str, rows: Sequence[Any]) -> None:
+        for row in rows[:1]:
+            await self._explain(sql, row)
+        await self._tx.execute_many(sql, rows)
+
     async def fetch(self, sql: str, **values: Any) -> Any:
         await self._explain(sql, values)
         return await self._tx.fetch(sql, **values)
 
-    async def _explain(self, sql: str, values: dict[str, Any]) -> None:
-        plan = await self._tx.fetch(f"EXPLAIN QUERY PLAN {sql}", **values)
-        self.plans += [row["detail"] for row in plan if row["detail"].split()[1:2] in ([self._table], ["d"])]
+    async def _explain(self, sql: str, values: Mapping[str, Any]) -> None:
+        steps = await self._tx.fetch(f"EXPLAIN QUERY PLAN {sql}", **values)
+        self.plan += [step["detail"] for step in steps]
+
+    @property
+    def reads(self) -> set[str]:
+        """How rows of big tables are found, but for those that are looked up by their id."""
+        steps = [re.sub(r" USING .*INDEX \w+", "", step) for step in self.plan]
+        return {step for step in steps if set(step.split()[:2]) & BIG and not step.endswith("(id=?)")}
 
 
-@pytest.mark.parametrize("table", ["generations", "deliveries"])
-async def test_claiming_reads_the_partial_index_of_what_is_due_and_never_the_table(store: Store, table: str):
-    await registered(store)
-    await announced(store, await watched(store, "job-1", due_at=NOW))
-    await watched(store, "job-2", due_at=NOW)
-    explaining = Explaining(store, table)
-    noun = type(getattr(store, table))(explaining)
-    assert len(await noun.claim(now=NOW, limit=9, lease="lease", lease_until=NOW + SECOND)) == 1
-    searches = [plan for plan in explaining.plans if f"{table}_due (due_at" in plan]
-    assert [plan.split(" (")[-1] for plan in searches] == ["due_at<?)", "due_at=?)"]
-    assert not [plan for plan in explaining.plans if plan.startswith("SCAN")]
+@pytest.fixture
+async def explaining(store: Store) -> Explaining:
+    """A database with some thousand rows, half of them old and done; never analyzed, as in production."""
+    await registered(store, id="ep_1")
+    number = "printf('%026d', i)"
+    due_at, known_at = "CASE WHEN i % 2 THEN 1 END", "CASE WHEN i % 2 THEN NULL ELSE 1 END"
+    tables = {
+        "generations": {"job_id": "i", "due_at": due_at, "known_at": known_at},
+        "events": {"generation_id": f"'gen_' || {number}", "source_id": "i"},
+        "deliveries": {"event_id": f"'evt_' || {number}", "due_at": due_at},
+        "attempts": {"delivery_id": f"'dlv_' || {number}"},
+    }
+    async with store.database.write() as tx:
+        for table, computed in tables.items():
+            row = {name: f":{name}" for name in ROWS[table]} | computed
+            row["id"] = f"'{ROWS[table]['id'][:4]}' || {number}"
+            if "status" in row:
+                row["status"] = "CASE WHEN i % 2 THEN :status ELSE 'failed' END"
+            values = {**ROWS[table], **({"tenant": TENANT} if "tenant" in row else {})}
+            await tx.execute(
+                f"""
+                WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000)
+                INSERT INTO {table} ({", ".join(row)}) SELECT {", ".join(row.values())} FROM n
+                """,  # noqa: S608
+                **{name: values[name] for name in values if f":{name}" in " ".join(row.values())},
+            )
+    return Explaining(store)
+
+
+CLAIM: dict[str, Any] = {"now": NOW, "lease": "lease", "lease_until": NOW + SECOND}
+PAGE: dict[str, Any] = {"limit": 5, "cursor": None}
+REMOVE: dict[str, Any] = {"before": NOW, "limit": 500}
+QUERIES: dict[str, tuple[Callable[[Store], Awaitable[object]], set[str]]] = {
+    "claim deliveries": (
+        lambda store: store.deliveries.claim({"ep_1": 9, "ep_2": 9}, **CLAIM),
+        {"SEARCH deliveries (destination=? AND due_at<?)", "SEARCH d (destination=? AND due_at=?)"},
+    ),
+    "destinations": (
+        lambda store: store.deliveries.destinations(now=NOW, after="", limit=9),
+        {
+            "SEARCH deliveries (destination>?)",
+            "SEARCH d (destination>?)",
+            "SEARCH d (destination=? AND due_at<?)",
+        },
+    ),
+    "claim generations": (
+        lambda store: store.generations.claim({"a": 9, "b": 9}, **CLAIM),
+        {"SEARCH generations (account=? AND due_at<?)", "SEARCH generations (account=? AND due_at=?)"},
+    ),
+    "claim what is overdue": (
+        lambda store: store.generations.claim_overdue(limit=9, **CLAIM),
+        {"SEARCH generations (deadline_at<?)"},
+    ),
+    "disable an endpoint": (
+        lambda store: store.endpoints.disable(TENANT, "ep_1", reason="why", now=NOW),
+        {"SEARCH deliveries (destination=? AND due_at>?)"},
+    ),
+    "what failed": (
+        lambda store: store.deliveries.page(TENANT, {"status": "failed"}, **PAGE),
+        {"SEARCH d (status=?)"},
+    ),
+    "deliveries of an event": (
+        lambda store: store.deliveries.page(TENANT, {"event_id": "evt_1"}, **PAGE),
+        {"SEARCH d (event_id=?)"},
+    ),
+    "deliveries of a generation": (
+        lambda store: store.deliveries.page(TENANT, {"generation_id": "gen_1"}, **PAGE),
+        {"SEARCH e (generation_id=?)", "SEARCH d (event_id=?)"},
+    ),
+    "deliveries of an endpoint": (
+        lambda store: store.deliveries.page(TENANT, {"endpoint_id": "ep_1"}, **PAGE),
+        {"SEARCH d (endpoint_id=?)"},
+    ),
+    "events of a generation": (
+        lambda store: store.events.page(TENANT, {"generation_id": "gen_1"}, **PAGE),
+        {"SEARCH events (generation_id=?)"},
+    ),
+    "generations of a job": (
+        lambda store: store.generations.page(TENANT, {"job_id": "1"}, **PAGE),
+        {"SEARCH generations (job_id=?)"},
+    ),
+    "prune attempts": (lambda store: store.retention.remove_attempts(**REMOVE), {"SEARCH a (id<?)"}),
+    "prune events": (
+        lambda store: store.retention.remove_events(**REMOVE),
+        {
+            "SEARCH events (id<?)",
+            "SEARCH d (event_id=?)",
+            "SEARCH deliveries (event_id=?)",
+            "SEARCH attempts (delivery_id=?)",
+        },
+    ),
+    "prune generations": (
+        lambda store: store.retention.remove_generations(**REMOVE),
+        {"SEARCH generations (id<?)", "SEARCH events (generation_id=?)"},
+    ),
+}
+
+
+@pytest.mark.parametrize("query", QUERIES)
+async def test_a_query_searches_an_index_and_never_scans_a_big_table(explaining: Explaining, query: str):
+    run, reads = QUERIES[query]
+    await run(store_on(explaining))
+    assert explaining.reads == reads
+
+
+async def test_writing_what_happened_looks_everything_up(store: Store, explaining: Explaining):
+    [one] = await store.deliveries.claim({"ep_1": 1}, **CLAIM)
+    made = await watched(store)
+    explained = store_on(explaining)
+    await explained.deliveries.settle([settlement(one, endpoint_is_well=True)], now=NOW)
+    await explained.events.record([change_of(made)], [asked(made)], taking(9), now=NOW)
+    await explained.events.publish([Publication(TENANT, [an_event()], None)], taking(9), now=NOW)
+    assert explaining.plan != []
+    assert explaining.reads <= {"SEARCH deliveries (event_id=?)"}  # the foreign key
+
+
+@pytest.mark.parametrize(
+    ("noun", "filters"),
+    [
+        ("generations", {}), ("generations", {"account": "a"}), ("generations", {"provider": "p"}),
+        ("generations", {"status": "failed"}), ("generations", {"since": 0}),
+        ("events", {}), ("events", {"type": "x"}), ("events", {"account": "a"}), ("events", {"since": 0}),
+        ("deliveries", {}), ("deliveries", {"status": "failed"}), ("deliveries", {"endpoint_id": "ep_1"}),
+        ("deliveries", {"event_type": "x"}), ("deliveries", {"status": "delivered"}),
+    ],
+)  # fmt: skip
+async def test_a_list_stops_at_its_limit_rather_than_sorting_everything(
+    explaining: Explaining, noun: str, filters: dict[str, Any]
+):
+    for cursor in (None, "zzz"):
+        await getattr(store_on(explaining), noun).page(TENANT, filters, limit=5, cursor=cursor)
+    assert explaining.plan != []
+    assert "USE TEMP B-TREE FOR ORDER BY" not in explaining.plan
 
 
 # Retention.

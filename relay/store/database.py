@@ -28,8 +28,11 @@ class Database(Protocol):
     def write(self) -> AbstractAsyncContextManager[Transaction]:
         """A transaction that may write; writers come one after another."""
 
-    def read(self) -> AbstractAsyncContextManager[Transaction]:
-        """For statements that change nothing; each sees what is committed when it begins."""
+    def read(self, *, browse: bool = False) -> AbstractAsyncContextManager[Transaction]:
+        """For statements that change nothing; each sees what is committed when it begins.
+
+        `browse`: one that may take long, and must not make the others wait.
+        """
 
     async def probe(self) -> None:
         """Raises StoreError when it would not take a write now."""

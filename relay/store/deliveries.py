@@ -1,16 +1,22 @@
 """Deliveries and their attempts at rest."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from relay import event
 from relay.delivery import Claimed, Settlement, Status, Trigger
 from relay.errors import Conflict, NotFound
 from relay.ids import new_id
-from relay.store.database import Database, Row
+from relay.store.database import Database, Row, Transaction
 from relay.store.endpoints import disable
+from relay.store.events import Handoff, fan_out, insert
 from relay.store.filters import where
+
+FAILING_LONG = 5 * 86_400_000
+# A canceled delivery may still be in flight for so long.
+LONGEST_ATTEMPT = 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,50 +57,63 @@ class Deliveries:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    async def claim(self, *, now: int, limit: int, lease: str, lease_until: int) -> Sequence[Claimed]:
-        """Takes up to `limit` deliveries that are due. A crashed claim comes due at `lease_until`."""
-        async with self._db.write() as tx:
-            taken = await tx.execute(
-                f"""
-                WITH due AS (
-                    SELECT id FROM deliveries WHERE due_at <= :now
-                    ORDER BY due_at LIMIT :limit {self._db.skip_locked}
-                )
-                UPDATE deliveries SET status = 'sending', due_at = :lease_until, lease = :lease
-                FROM due WHERE deliveries.id = due.id
-                """,
-                now=now,
-                limit=limit,
-                lease=lease,
-                lease_until=lease_until,
-            )
-            if not taken:
-                return []
-            rows = await tx.fetch(_LOAD_CLAIMED, lease=lease, lease_until=lease_until)
-        return [_claimed(row, now) for row in rows]
+    async def destinations(self, *, now: int, after: str, limit: int) -> Sequence[tuple[str, bool]]:
+        """Up to `limit` destinations with open deliveries, in order, those that come after `after`; and
+        whether one of theirs is due. Each costs two look-ups in the index, however much is waiting."""
+        async with self._db.read() as tx:
+            rows = await tx.fetch(_DESTINATIONS, now=now, after=after, limit=limit)
+        return [(row["destination"], bool(row["is_due"])) for row in rows]
 
-    async def settle(self, settlements: Sequence[Settlement], *, now: int) -> Sequence[None]:
+    async def claim(
+        self, wanted: Mapping[str, int], *, now: int, lease: str, lease_until: int, most_bytes: int = 2**62
+    ) -> Sequence[Claimed]:
+        """Takes what is due, up to so many of each destination and about so many bytes in all; a crash gives
+        it back at `lease_until`."""
+        rows = [
+            {"destination": one, "limit": limit, "now": now, "lease": lease, "lease_until": lease_until}
+            for one, limit in wanted.items()
+        ]
+        if not rows:
+            return []
+        async with self._db.write() as tx:
+            await tx.execute_many(_CLAIM.format(skip_locked=self._db.skip_locked), rows)
+            sizes = await tx.fetch(_SIZES, destinations=list(wanted), lease=lease, lease_until=lease_until)
+            total, surplus = 0, []
+            for row in sizes:
+                # One is taken however large it is.
+                if total and total + row["size"] > most_bytes:
+                    surplus.append({"id": row["id"], "lease": lease, "now": now})
+                total += row["size"]
+            await tx.execute_many(_RELEASE, surplus)
+            found = await tx.fetch(
+                _LOAD_CLAIMED, destinations=list(wanted), lease=lease, lease_until=lease_until
+            )
+        return [_claimed(row, now) for row in found]
+
+    async def settle(self, settlements: Sequence[Settlement], *, now: int) -> set[str]:
         """Logs attempts and moves their deliveries, each only while its lease is held.
 
-        A delivery that was canceled meanwhile stays canceled; its attempt is logged.
+        A delivery that was canceled meanwhile stays canceled; its attempt is logged. Returns the endpoints
+        that were given up.
         """
-        gone = sorted({one.disable_endpoint for one in settlements if one.disable_endpoint})
+        gone = {one.disable_endpoint for one in settlements if one.disable_endpoint}
         rows = [_settlement(one, now) for one in settlements]
         async with self._db.write() as tx:
             await tx.execute_many(_LOG, rows)
             await tx.execute_many(_SETTLE, rows)
+            await _note_health(tx, settlements, now)
             if gone:
-                await disable(tx, gone, reason="the endpoint answered 410 Gone", now=now)
-        return [None] * len(settlements)
+                await _give_up(tx, gone, "it answered 410 Gone", now=now)
+            dead = await _long_failing(tx, settlements, now)
+            if dead:
+                await _give_up(tx, dead, "every attempt failed for 5 days", now=now)
+        return gone | dead
 
     async def release(self, deliveries: Sequence[Claimed], *, now: int) -> None:
         """Makes claimed deliveries due again, unattempted."""
         async with self._db.write() as tx:
             await tx.execute_many(
-                """
-                UPDATE deliveries SET status = 'pending', due_at = :now, lease = NULL
-                WHERE id = :id AND lease = :lease AND status = 'sending'
-                """,
+                _RELEASE,
                 [{"id": one.id, "lease": one.lease, "now": now} for one in deliveries],
             )
 
@@ -104,6 +123,12 @@ class Deliveries:
         Only for a database that no other relay uses.
         """
         async with self._db.write() as tx:
+            await tx.execute(
+                """
+                UPDATE deliveries SET lease = NULL
+                WHERE status = 'canceled' AND status <> 'delivered' AND lease IS NOT NULL
+                """
+            )
             return await tx.execute(
                 "UPDATE deliveries SET due_at = :now WHERE status = 'sending' AND due_at > :now", now=now
             )
@@ -131,24 +156,33 @@ class Deliveries:
         `filters`: status, endpoint_id, event_id, generation_id, event_type; since and until on the time of
         creation.
         """
-        condition = where(
-            filters, equal=("status", "endpoint_id", "event_id"), time="created_at", prefix="d."
+        conditions, order, values = where(
+            filters,
+            prefix="dlv",
+            columns={
+                "endpoint_id": "d.endpoint_id",
+                "event_id": "d.event_id",
+                "generation_id": "e.generation_id",
+                "event_type": "e.type",
+            },
+            id_column="d.id",
+            narrow=("event_id", "generation_id"),
+            cursor=cursor,
         )
-        if "generation_id" in filters:
-            condition += " AND e.generation_id = :generation_id"
-        if "event_type" in filters:
-            condition += " AND e.type = :event_type"
-        async with self._db.read() as tx:
+        if "status" in filters:
+            # As text, so that the index of what was not delivered can be seen to serve.
+            status = Status(filters["status"])
+            conditions += f" AND d.status = '{status}'"
+            conditions += " AND d.status <> 'delivered'" if status is not Status.DELIVERED else ""
+        async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                {_SELECT}
-                WHERE d.tenant = :tenant AND (:cursor IS NULL OR d.id < :cursor) {condition}
-                ORDER BY d.id DESC LIMIT :limit
+                {_SELECT} WHERE d.tenant = :tenant {conditions}
+                ORDER BY {order} LIMIT :limit
                 """,
                 tenant=tenant,
-                cursor=cursor,
                 limit=limit,
-                **filters,
+                **values,
             )
         return [_read(row) for row in rows]
 
@@ -160,7 +194,7 @@ class Deliveries:
         async with self._db.write() as tx:
             rows = await tx.fetch(
                 """
-                SELECT d.status, p.id AS endpoint_id, p.disabled_at, p.deleted_at
+                SELECT d.status, d.lease, d.updated_at, p.id AS endpoint_id, p.disabled_at, p.deleted_at
                 FROM deliveries d LEFT JOIN endpoints p ON p.id = d.endpoint_id
                 WHERE d.id = :id AND d.tenant = :tenant
                 """,
@@ -172,6 +206,8 @@ class Deliveries:
             row = rows[0]
             if row["status"] in (Status.PENDING, Status.SENDING):
                 raise Conflict(f"this delivery is still {row['status']}: only a finished one can be replayed")
+            if row["lease"] is not None and now < row["updated_at"] + LONGEST_ATTEMPT:
+                raise Conflict("an attempt is still under way: try again when it has ended")
             if row["deleted_at"] is not None:
                 raise Conflict("its endpoint has been deleted")
             if row["disabled_at"] is not None:
@@ -188,15 +224,54 @@ class Deliveries:
             )
 
 
+# From one destination to the next by the index: the rows between are not read.
+_DESTINATIONS = """
+    WITH RECURSIVE lanes(destination) AS (
+        SELECT (
+            SELECT destination FROM deliveries WHERE due_at IS NOT NULL AND destination > :after
+            ORDER BY destination LIMIT 1
+        )
+        UNION ALL
+        SELECT (
+            SELECT d.destination FROM deliveries d
+            WHERE d.due_at IS NOT NULL AND d.destination > lanes.destination
+            ORDER BY d.destination LIMIT 1
+        ) FROM lanes WHERE lanes.destination IS NOT NULL
+    )
+    SELECT destination, EXISTS (
+        SELECT 1 FROM deliveries d WHERE d.destination = lanes.destination AND d.due_at <= :now
+    ) AS is_due
+    FROM lanes WHERE destination IS NOT NULL LIMIT :limit
+"""
+_CLAIM = """
+    WITH due AS (
+        SELECT id FROM deliveries WHERE destination = :destination AND due_at <= :now
+        ORDER BY due_at LIMIT :limit {skip_locked}
+    )
+    UPDATE deliveries SET status = 'sending', due_at = :lease_until, lease = :lease
+    FROM due WHERE deliveries.id = due.id
+"""
+_SIZES = """
+    SELECT d.id, LENGTH(e.body) AS size FROM deliveries d JOIN events e ON e.id = d.event_id
+    WHERE d.destination IN (:destinations) AND d.due_at = :lease_until AND d.lease = :lease
+    ORDER BY d.id
+"""
+_RELEASE = """
+    UPDATE deliveries
+    SET due_at = CASE WHEN status = 'sending' THEN :now ELSE NULL END,
+        status = CASE WHEN status = 'sending' THEN 'pending' ELSE status END, lease = NULL
+    WHERE id = :id AND lease = :lease
+"""
 _LOAD_CLAIMED = """
     SELECT d.id, d.event_id, e.type AS event_type, d.endpoint_id, COALESCE(p.url, d.callback_url) AS url,
         COALESCE(p.secret, t.signing_secret) AS secret, p.previous_secret, p.previous_secret_expires_at,
-        p.headers, e.body, d.attempts, d.run_attempts, d.next_trigger, d.lease, d.due_at AS lease_until
+        p.headers, p.rate_limit, e.body, d.attempts, d.run_attempts, d.next_trigger, d.lease,
+        d.due_at AS lease_until
     FROM deliveries d
     JOIN events e ON e.id = d.event_id
     JOIN tenants t ON t.id = d.tenant
     LEFT JOIN endpoints p ON p.id = d.endpoint_id
-    WHERE d.due_at = :lease_until AND d.lease = :lease
+    WHERE d.destination IN (:destinations) AND d.due_at = :lease_until AND d.lease = :lease
     ORDER BY d.id
 """
 _SELECT = """
@@ -224,6 +299,62 @@ _SETTLE = """
         updated_at = :now
     WHERE id = :delivery_id AND lease = :lease
 """
+
+
+async def _note_health(tx: Transaction, settlements: Sequence[Settlement], now: int) -> None:
+    """Since when every attempt of an endpoint has failed: written when that changes."""
+    news = {
+        one.endpoint_id: one for one in settlements if one.endpoint_id and one.endpoint_is_well is not None
+    }
+    await tx.execute_many(
+        """
+        UPDATE endpoints SET failing_since = NULL, failing_event = NULL
+        WHERE id = :id AND failing_since IS NOT NULL
+        """,
+        # One success is enough, also when a failure came after it in the same write.
+        [{"id": one.endpoint_id} for one in settlements if one.endpoint_id and one.endpoint_is_well],
+    )
+    await tx.execute_many(
+        """
+        UPDATE endpoints SET failing_since = :now, failing_event = :event_id
+        WHERE id = :id AND failing_since IS NULL
+        """,
+        [
+            {"id": name, "now": now, "event_id": one.event_id}
+            for name, one in news.items()
+            if not one.endpoint_is_well
+        ],
+    )
+
+
+async def _long_failing(tx: Transaction, settlements: Sequence[Settlement], now: int) -> set[str]:
+    """Endpoints whose every attempt failed for FAILING_LONG, the last of another event than the first."""
+    failed = [(one.endpoint_id, one.event_id) for one in settlements if not one.answer.accepted]
+    names = sorted({name for name, _ in failed if name is not None})
+    if not names:
+        return set()
+    rows = await tx.fetch(
+        """
+        SELECT id, failing_event FROM endpoints
+        WHERE id IN (:ids) AND failing_since <= :since AND disabled_at IS NULL
+        """,
+        ids=names,
+        since=now - FAILING_LONG,
+    )
+    first = {row["id"]: row["failing_event"] for row in rows}
+    return {name for name, event_id in failed if name and first.get(name, event_id) != event_id}
+
+
+async def _give_up(tx: Transaction, endpoint_ids: Iterable[str], reason: str, *, now: int) -> None:
+    """Disables endpoints, and announces that to those of the same tenant that want to hear it."""
+    names = sorted(endpoint_ids)
+    rows = await tx.fetch(
+        "SELECT id, tenant, url FROM endpoints WHERE id IN (:ids) AND disabled_at IS NULL", ids=names
+    )
+    await disable(tx, [row["id"] for row in rows], reason=reason, now=now)
+    events = [event.disabled(row["tenant"], row["id"], row["url"], reason, now=now) for row in rows]
+    await insert(tx, events)
+    await fan_out(tx, events, Handoff("", 0, takes=lambda destination, size: False), now=now)
 
 
 def _settlement(one: Settlement, now: int) -> dict[str, Any]:
@@ -256,6 +387,7 @@ def _claimed(row: Row, now: int) -> Claimed:
         url=row["url"],
         secrets=(row["secret"], previous) if previous else (row["secret"],),
         headers=json.loads(row["headers"] or "{}"),
+        rate_limit=row["rate_limit"],
         body=bytes(row["body"]),
         attempts=row["attempts"],
         run_attempts=row["run_attempts"],

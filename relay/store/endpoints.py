@@ -3,13 +3,15 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 from typing import Any
 
 from relay.endpoint import Endpoint
 from relay.store.database import Database, Row, Transaction
+from relay.store.filters import where
 from relay.store.idempotency import Idempotency, created_before, remember
 
-_CHANGEABLE = ("url", "description", "event_types", "accounts", "headers", "metadata")
+_CHANGEABLE = ("url", "description", "event_types", "accounts", "headers", "rate_limit", "metadata")
 _JSON = ("event_types", "accounts", "headers", "metadata")
 
 
@@ -28,13 +30,13 @@ class Endpoints:
             await tx.execute(
                 """
                 INSERT INTO endpoints (
-                    id, tenant, url, description, event_types, accounts, headers, metadata, secret,
-                    previous_secret, previous_secret_expires_at, disabled_at, disabled_reason, deleted_at,
-                    created_at, updated_at
+                    id, tenant, url, description, event_types, accounts, headers, metadata, rate_limit,
+                    secret, previous_secret, previous_secret_expires_at, disabled_at, disabled_reason,
+                    deleted_at, created_at, updated_at
                 ) VALUES (
-                    :id, :tenant, :url, :description, :event_types, :accounts, :headers, :metadata, :secret,
-                    :previous_secret, :previous_secret_expires_at, :disabled_at, :disabled_reason,
-                    :deleted_at, :created_at, :updated_at
+                    :id, :tenant, :url, :description, :event_types, :accounts, :headers, :metadata,
+                    :rate_limit, :secret, :previous_secret, :previous_secret_expires_at, :disabled_at,
+                    :disabled_reason, :deleted_at, :created_at, :updated_at
                 )
                 """,
                 **_values(endpoint),
@@ -50,16 +52,16 @@ class Endpoints:
 
     async def page(self, tenant: str, *, limit: int, cursor: str | None) -> Sequence[Endpoint]:
         """Newest first, those after the id `cursor`."""
-        async with self._db.read() as tx:
+        conditions, order, values = where({}, prefix="ep", columns={}, cursor=cursor)
+        async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
-                """
-                SELECT * FROM endpoints
-                WHERE tenant = :tenant AND deleted_at IS NULL AND (:cursor IS NULL OR id < :cursor)
-                ORDER BY id DESC LIMIT :limit
+                f"""
+                SELECT * FROM endpoints WHERE tenant = :tenant AND deleted_at IS NULL {conditions}
+                ORDER BY {order} LIMIT :limit
                 """,
                 tenant=tenant,
-                cursor=cursor,
                 limit=limit,
+                **values,
             )
         return [read_endpoint(row) for row in rows]
 
@@ -106,7 +108,9 @@ class Endpoints:
         async with self._db.write() as tx:
             await tx.execute(
                 """
-                UPDATE endpoints SET disabled_at = NULL, disabled_reason = NULL, updated_at = :now
+                UPDATE endpoints
+                SET disabled_at = NULL, disabled_reason = NULL, failing_since = NULL, failing_event = NULL,
+                    updated_at = :now
                 WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
                 """,
                 id=endpoint_id,
@@ -153,7 +157,7 @@ async def disable(tx: Transaction, endpoint_ids: Sequence[str], *, reason: str, 
     await tx.execute_many(
         """
         UPDATE deliveries SET status = 'canceled', due_at = NULL, updated_at = :now
-        WHERE endpoint_id = :id AND status IN ('pending', 'sending')
+        WHERE destination = :id AND due_at IS NOT NULL
         """,
         [{"id": endpoint_id, "now": now} for endpoint_id in endpoint_ids],
     )
@@ -169,7 +173,13 @@ async def _get(tx: Transaction, tenant: str, endpoint_id: str) -> Endpoint | Non
 
 
 def read_endpoint(row: Row) -> Endpoint:
-    values = dict(row)
+    return _read(tuple(row.keys()), tuple(row.values() if isinstance(row, dict) else row))
+
+
+@lru_cache(maxsize=10_000)
+def _read(names: tuple[str, ...], row: tuple[Any, ...]) -> Endpoint:
+    """The same row is the same endpoint: every fan-out reads them all."""
+    values = dict(zip(names, row, strict=True))
     return Endpoint(**{**values, **{name: json.loads(values[name]) for name in _JSON}})
 
 

@@ -1,11 +1,12 @@
 """Events at rest: the one transaction in which a generation moves, is announced and fans out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from relay.delivery import Claimed, Status, Trigger
+from relay.delivery import Claimed, Status, Trigger, destination
 from relay.endpoint import Endpoint
+from relay.errors import Conflict, Refused
 from relay.event import Event
 from relay.generation import FINAL, Generation
 from relay.ids import new_id
@@ -26,12 +27,21 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Publication:
+    """Events that one tenant publishes in one request."""
+
+    tenant: str
+    events: Sequence[Event]
+    idempotency: Idempotency | None
+
+
+@dataclass(frozen=True, slots=True)
 class Handoff:
-    """How many fresh deliveries the caller takes at once, already leased to it; the others are pending."""
+    """Which fresh deliveries the caller takes at once, already leased to it; the others are pending."""
 
     lease: str
     lease_until: int
-    room: int
+    takes: Callable[[str, int], bool]  # whether one more of so many bytes is taken for a destination
 
 
 class Events:
@@ -54,38 +64,59 @@ class Events:
             events = [change.event for change in changes if change.event is not None]
             fresh = await self._insert(tx, events)
             callbacks = {change.after.id: change.after.callback_url for change in changes}
-            claimed = await self._fan_out(tx, fresh, callbacks, handoff, now=now)
+            claimed = await fan_out(tx, fresh, handoff, callbacks=callbacks, now=now)
         return fresh, claimed
 
     async def publish(
-        self, events: Sequence[Event], handoff: Handoff, *, now: int
-    ) -> tuple[Sequence[Event], Sequence[Claimed]]:
-        """Stores events and fans them out. Returns what is stored under each name (`source_id`), which may
-        have been there before, and the deliveries that are handed over."""
-        async with self._db.write() as tx:
-            return await self._publish(tx, events, handoff, now=now)
+        self, publications: Sequence[Publication], handoff: Handoff, *, now: int
+    ) -> tuple[Sequence[Sequence[Event] | Refused], Sequence[Claimed]]:
+        """Stores events and fans them out: all of every publication, or nothing of any.
 
-    async def publish_once(
-        self, tenant: str, events: Sequence[Event], idempotency: Idempotency, handoff: Handoff, *, now: int
-    ) -> tuple[Sequence[Event], Sequence[Claimed]]:
-        """As `publish`, of one tenant's events; or what was stored under this Idempotency-Key before."""
+        Returns, for each, what is stored under its names (`source_id`) or its Idempotency-Key, which may
+        have been there before, or why it is refused; and the deliveries that are handed over.
+        """
         async with self._db.write() as tx:
-            before = await created_before(tx, tenant, idempotency)
-            if before is not None:
-                ids = before[0].split()
-                rows = await tx.fetch("SELECT * FROM events WHERE id IN (:ids)", ids=ids)
-                return sorted(map(_read, rows), key=lambda event: ids.index(event.id)), []
-            stored, claimed = await self._publish(tx, events, handoff, now=now)
+            plain = [event for one in publications if one.idempotency is None for event in one.events]
+            stored, claimed = await self._publish(tx, plain, handoff, now=now)
+            kept = dict(zip((event.id for event in plain), stored, strict=True))
+            results: list[Sequence[Event] | Refused] = []
+            for one in publications:
+                if one.idempotency is None:
+                    results.append([kept[event.id] for event in one.events])
+                    continue
+                try:
+                    events, more = await self._publish_once(tx, one, one.idempotency, handoff, now=now)
+                except Refused as refusal:
+                    results.append(refusal)
+                    continue
+                results.append(events)
+                claimed = [*claimed, *more]
+        return results, claimed
+
+    async def _publish_once(
+        self, tx: Transaction, one: Publication, idempotency: Idempotency, handoff: Handoff, *, now: int
+    ) -> tuple[Sequence[Event], Sequence[Claimed]]:
+        before = await created_before(tx, one.tenant, idempotency)
+        if before is None:
+            stored, claimed = await self._publish(tx, one.events, handoff, now=now)
             names = " ".join(event.id for event in stored)
-            await remember(tx, tenant, idempotency, resource_id=names, status=201, now=now)
+            await remember(tx, one.tenant, idempotency, resource_id=names, status=201, now=now)
             return stored, claimed
+        ids = before[0].split()
+        rows = await tx.fetch("SELECT * FROM events WHERE id IN (:ids)", ids=ids)
+        if len(rows) < len(set(ids)):
+            raise Conflict("what this Idempotency-Key created is gone")
+        found = {row["id"]: _read(row) for row in rows}
+        return [found[id_] for id_ in ids], []
 
     async def _publish(
         self, tx: Transaction, events: Sequence[Event], handoff: Handoff, *, now: int
     ) -> tuple[Sequence[Event], Sequence[Claimed]]:
+        if not events:
+            return [], []
         await tx.execute_many(_PUBLISH, [_values(event) for event in events])
         fresh = await self._stored(tx, events)
-        claimed = await self._fan_out(tx, fresh, {}, handoff, now=now)
+        claimed = await fan_out(tx, fresh, handoff, now=now)
         known = {event.id for event in fresh}
         return [event if event.id in known else await _named(tx, event) for event in events], claimed
 
@@ -94,9 +125,9 @@ class Events:
     ) -> tuple[str, Sequence[Claimed]]:
         """Stores an event for one endpoint only, whatever its filter; its delivery's id, and the delivery
         when it is handed over."""
-        row = _delivery(event, endpoint.id, None, handoff, 0, now=now)
+        row = _delivery(event, endpoint.id, None, handoff, now=now)
         async with self._db.write() as tx:
-            await tx.execute_many(_INSERT, [_values(event)])
+            await insert(tx, [event])
             await tx.execute_many(_DELIVER, [row])
         return row["id"], _claimed([row], {event.id: event}, {endpoint.id: endpoint}, {}, handoff, now=now)
 
@@ -111,18 +142,23 @@ class Events:
         self, tenant: str, filters: Mapping[str, Any], *, limit: int, cursor: str | None
     ) -> Sequence[Event]:
         """Newest first, those after `cursor`. `filters`: type, generation_id, account, since, until."""
-        condition = where(filters, equal=("type", "generation_id", "account"), time="created_at")
-        async with self._db.read() as tx:
+        conditions, order, values = where(
+            filters,
+            prefix="evt",
+            columns={"type": "type", "generation_id": "generation_id", "account": "account"},
+            id_column="id",
+            narrow=("generation_id",),
+            cursor=cursor,
+        )
+        async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                SELECT * FROM events
-                WHERE tenant = :tenant AND (:cursor IS NULL OR id < :cursor) {condition}
-                ORDER BY id DESC LIMIT :limit
+                SELECT * FROM events WHERE tenant = :tenant {conditions}
+                ORDER BY {order} LIMIT :limit
                 """,
                 tenant=tenant,
-                cursor=cursor,
                 limit=limit,
-                **filters,
+                **values,
             )
         return [_read(row) for row in rows]
 
@@ -138,30 +174,39 @@ class Events:
         stored = {row["id"] for row in rows}
         return [event for event in events if event.id in stored]
 
-    async def _fan_out(
-        self,
-        tx: Transaction,
-        events: Sequence[Event],
-        callbacks: Mapping[str, str | None],
-        handoff: Handoff,
-        *,
-        now: int,
-    ) -> Sequence[Claimed]:
-        if not events:
-            return []
-        tenants = sorted({event.tenant for event in events})
-        endpoints = {row["id"]: read_endpoint(row) for row in await tx.fetch(_LISTENING, tenants=tenants)}
-        rows: list[dict[str, Any]] = []
-        for event in events:
-            for endpoint in endpoints.values():
-                if endpoint.tenant == event.tenant and endpoint.wants(event):
-                    rows.append(_delivery(event, endpoint.id, None, handoff, len(rows), now=now))
-            url = callbacks.get(event.generation_id or "")
-            if url is not None:
-                rows.append(_delivery(event, None, url, handoff, len(rows), now=now))
-        await tx.execute_many(_DELIVER, rows)
+
+async def insert(tx: Transaction, events: Sequence[Event]) -> None:
+    """Stores new events that nothing can have stored before."""
+    await tx.execute_many(_INSERT, [_values(event) for event in events])
+
+
+async def fan_out(
+    tx: Transaction,
+    events: Sequence[Event],
+    handoff: Handoff,
+    *,
+    callbacks: Mapping[str, str | None] | None = None,
+    now: int,
+) -> Sequence[Claimed]:
+    """Makes the deliveries of stored events, to the endpoints that want them and to the callback URLs of
+    their generations; those that are handed over."""
+    if not events:
+        return []
+    tenants = sorted({event.tenant for event in events})
+    endpoints = {row["id"]: read_endpoint(row) for row in await tx.fetch(_LISTENING, tenants=tenants)}
+    rows: list[dict[str, Any]] = []
+    for event in events:
+        for endpoint in endpoints.values():
+            if endpoint.tenant == event.tenant and endpoint.wants(event):
+                rows.append(_delivery(event, endpoint.id, None, handoff, now=now))
+        url = (callbacks or {}).get(event.generation_id or "")
+        if url is not None:
+            rows.append(_delivery(event, None, url, handoff, now=now))
+    await tx.execute_many(_DELIVER, rows)
+    secrets = {}
+    if any(row["callback_url"] is not None for row in rows):
         secrets = {row["id"]: row["signing_secret"] for row in await tx.fetch(_SIGNING, tenants=tenants)}
-        return _claimed(rows, {event.id: event for event in events}, endpoints, secrets, handoff, now=now)
+    return _claimed(rows, {event.id: event for event in events}, endpoints, secrets, handoff, now=now)
 
 
 _MOVE = """
@@ -173,9 +218,14 @@ _MOVE = """
 """
 _ASKED = """
     UPDATE generations
-    SET due_at = CASE WHEN due_at IS NULL THEN NULL ELSE :due_at END, lease = NULL,
-        asked_at = :at, asks = asks + 1, errors = :errors, missing = :missing, hint_asks = :hint_asks,
-        last_error = :last_error
+    SET due_at = CASE
+            WHEN due_at IS NULL THEN NULL
+            WHEN hints > :hints THEN :at + 1000  -- a callback came meanwhile
+            ELSE :due_at
+        END,
+        hint_asks = CASE WHEN hints > :hints THEN 0 ELSE :hint_asks END,
+        missing = CASE WHEN hints > :hints THEN 0 ELSE :missing END,
+        lease = NULL, asked_at = :at, asks = asks + 1, errors = :errors, last_error = :last_error
     WHERE id = :generation_id AND lease = :lease
 """
 _ANNOUNCE = """
@@ -196,10 +246,11 @@ _LISTENING = """
 _SIGNING = "SELECT id, signing_secret FROM tenants WHERE id IN (:tenants)"
 _DELIVER = """
     INSERT INTO deliveries (
-        id, tenant, event_id, endpoint_id, callback_url, status, attempts, run_attempts, next_trigger,
+        id, tenant, event_id, endpoint_id, callback_url, destination, status, attempts, run_attempts,
+        next_trigger,
         due_at, lease, created_at, updated_at
     ) VALUES (
-        :id, :tenant, :event_id, :endpoint_id, :callback_url, :status, 0, 0, 'scheduled',
+        :id, :tenant, :event_id, :endpoint_id, :callback_url, :destination, :status, 0, 0, 'scheduled',
         :due_at, :lease, :now, :now
     )
 """
@@ -221,15 +272,17 @@ def _move(change: Change) -> dict[str, Any]:
 
 
 def _delivery(
-    event: Event, endpoint_id: str | None, callback_url: str | None, handoff: Handoff, place: int, *, now: int
+    event: Event, endpoint_id: str | None, callback_url: str | None, handoff: Handoff, *, now: int
 ) -> dict[str, Any]:
-    handed_over = place < handoff.room
+    where_to = destination(endpoint_id, callback_url)
+    handed_over = handoff.takes(where_to, len(event.body))
     return {
         "id": new_id("dlv", now),
         "tenant": event.tenant,
         "event_id": event.id,
         "endpoint_id": endpoint_id,
         "callback_url": callback_url,
+        "destination": where_to,
         "status": Status.SENDING.value if handed_over else Status.PENDING.value,
         "due_at": handoff.lease_until if handed_over else now,
         "lease": handoff.lease if handed_over else None,
@@ -261,6 +314,7 @@ def _claimed(
                 url=endpoint.url if endpoint else row["callback_url"],
                 secrets=endpoint.secrets(now) if endpoint else (signing_secrets[event.tenant],),
                 headers=endpoint.headers if endpoint else {},
+                rate_limit=endpoint.rate_limit if endpoint else None,
                 body=event.body,
                 attempts=0,
                 run_attempts=0,

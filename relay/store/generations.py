@@ -76,18 +76,23 @@ class Generations:
 
         `filters`: account, provider, job_id, status; since and until on the time of creation.
         """
-        condition = where(filters, equal=("account", "provider", "job_id", "status"), time="created_at")
-        async with self._db.read() as tx:
+        conditions, order, values = where(
+            filters,
+            prefix="gen",
+            columns={"account": "account", "provider": "provider", "job_id": "job_id", "status": "status"},
+            id_column="id",
+            narrow=("job_id",),
+            cursor=cursor,
+        )
+        async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                SELECT * FROM generations
-                WHERE tenant = :tenant AND (:cursor IS NULL OR id < :cursor) {condition}
-                ORDER BY id DESC LIMIT :limit
+                SELECT * FROM generations WHERE tenant = :tenant {conditions}
+                ORDER BY {order} LIMIT :limit
                 """,
                 tenant=tenant,
-                cursor=cursor,
                 limit=limit,
-                **filters,
+                **values,
             )
         return [_read(row) for row in rows]
 
@@ -136,38 +141,81 @@ class Generations:
         return deleted > 0
 
     async def hint(self, hints: Sequence[Hint], *, now: int) -> None:
-        """Makes generations due now, or a second after the last ask.
-
-        An ask in flight loses its lease: it may have seen less than the callback knows.
-        """
+        """Makes generations due now, or a second after the last ask; one that is being asked about, when
+        that ask has ended: it may have seen less than the callback knows."""
         async with self._db.write() as tx:
             await tx.execute_many(
                 f"""
                 UPDATE generations
-                SET due_at = CASE WHEN asked_at + 1000 > :now THEN asked_at + 1000 ELSE :now END,
-                    lease = NULL, hint_asks = 0,
+                SET hints = hints + 1, hint_asks = 0,
+                    due_at = CASE
+                        WHEN lease IS NOT NULL THEN due_at
+                        WHEN asked_at + 1000 > :now THEN asked_at + 1000
+                        ELSE :now
+                    END,
+                    missing = CASE WHEN job_id IS NULL THEN 0 ELSE missing END,
                     claimed_job_id = CASE WHEN job_id IS NULL THEN :job_id ELSE NULL END
                 WHERE id = :id AND status NOT IN ({_FINAL}) AND (job_id IS NOT NULL OR :job_id IS NOT NULL)
                 """,
                 [{"id": hint.generation_id, "job_id": hint.job_id, "now": now} for hint in hints],
             )
 
-    async def drop_claim(self, generation_id: str) -> None:
-        """Forgets the job id that a callback claimed: the provider knows no such job."""
+    async def drop_claim(self, generation: Generation) -> None:
+        """Forgets the job id that a callback claimed, unless another has claimed another meanwhile."""
         async with self._db.write() as tx:
             await tx.execute(
-                "UPDATE generations SET claimed_job_id = NULL, hint_asks = NULL WHERE id = :id",
-                id=generation_id,
+                """
+                UPDATE generations SET claimed_job_id = NULL, hint_asks = NULL
+                WHERE id = :id AND hints = :hints
+                """,
+                id=generation.id,
+                hints=generation.hints,
             )
 
-    async def claim(self, *, now: int, limit: int, lease: str, lease_until: int) -> Sequence[Generation]:
-        """Takes up to `limit` generations that are due. A crashed claim comes due at `lease_until`."""
+    async def claim(
+        self, wanted: Mapping[str, int], *, now: int, lease: str, lease_until: int
+    ) -> Sequence[Generation]:
+        """Takes what is due, up to so many of each account; a crash gives it back at `lease_until`."""
+        rows = [
+            {"account": account, "limit": limit, "now": now, "lease": lease, "lease_until": lease_until}
+            for account, limit in wanted.items()
+        ]
+        if not rows:
+            return []
+        async with self._db.write() as tx:
+            await tx.execute_many(
+                f"""
+                WITH due AS (
+                    SELECT id FROM generations WHERE account = :account AND due_at <= :now
+                    ORDER BY due_at LIMIT :limit {self._db.skip_locked}
+                )
+                UPDATE generations SET due_at = :lease_until, lease = :lease
+                FROM due WHERE generations.id = due.id
+                """,
+                rows,
+            )
+            found = await tx.fetch(
+                """
+                SELECT * FROM generations
+                WHERE account IN (:accounts) AND due_at = :lease_until AND lease = :lease
+                """,
+                accounts=list(wanted),
+                lease=lease,
+                lease_until=lease_until,
+            )
+        return [_read(row) for row in found]
+
+    async def claim_overdue(
+        self, *, now: int, limit: int, lease: str, lease_until: int
+    ) -> Sequence[Generation]:
+        """Takes up to `limit` open generations whose deadline has passed, of whichever account."""
         async with self._db.write() as tx:
             taken = await tx.execute(
                 f"""
                 WITH due AS (
-                    SELECT id FROM generations WHERE due_at <= :now
-                    ORDER BY due_at LIMIT :limit {self._db.skip_locked}
+                    SELECT id FROM generations
+                    WHERE known_at IS NULL AND deadline_at <= :now AND due_at <= :now
+                    ORDER BY deadline_at LIMIT :limit {self._db.skip_locked}
                 )
                 UPDATE generations SET due_at = :lease_until, lease = :lease
                 FROM due WHERE generations.id = due.id
@@ -179,25 +227,12 @@ class Generations:
             )
             if not taken:
                 return []
-            rows = await tx.fetch(
-                "SELECT * FROM generations WHERE due_at = :lease_until AND lease = :lease",
+            found = await tx.fetch(
+                "SELECT * FROM generations WHERE known_at IS NULL AND deadline_at <= :now AND lease = :lease",
+                now=now,
                 lease=lease,
-                lease_until=lease_until,
             )
-        return [_read(row) for row in rows]
-
-    async def postpone(self, later: Sequence[tuple[Generation, int]]) -> None:
-        """Gives claimed generations back, each due at its time, as if they had not been claimed."""
-        if not later:
-            return
-        async with self._db.write() as tx:
-            await tx.execute_many(
-                """
-                UPDATE generations SET due_at = :due_at, lease = NULL
-                WHERE id = :id AND lease = :lease AND due_at IS NOT NULL
-                """,
-                [{"id": one.id, "lease": one.lease, "due_at": due_at} for one, due_at in later],
-            )
+        return [_read(row) for row in found]
 
     async def recover(self, *, now: int) -> int:
         """Makes what a stopped relay was asking about due now; only for a database no other relay uses."""
@@ -231,10 +266,10 @@ class Generations:
 _CREATE = """
     INSERT INTO generations (
         id, tenant, account, provider, job_id, status, metadata, callback_url, awaits_callback,
-        late, created_at, deadline_at, due_at, asks, errors, missing, version
+        late, created_at, deadline_at, due_at, asks, errors, missing, hints, version
     ) VALUES (
         :id, :tenant, :account, :provider, :job_id, :status, :metadata, :callback_url,
-        :awaits_callback, 0, :created_at, :deadline_at, :due_at, 0, 0, 0, 0
+        :awaits_callback, 0, :created_at, :deadline_at, :due_at, 0, 0, 0, 0, 0
     )
     ON CONFLICT (tenant, account, job_id) DO NOTHING
 """

@@ -69,9 +69,10 @@ class Retention:
         async with self._db.write() as tx:
             return await tx.execute(
                 """
-                DELETE FROM idempotency_keys WHERE key IN (
-                    SELECT key FROM idempotency_keys WHERE created_at < :before LIMIT :limit
-                ) AND created_at < :before
+                DELETE FROM idempotency_keys WHERE (tenant, key) IN (
+                    SELECT tenant, key FROM idempotency_keys WHERE created_at < :before
+                    ORDER BY created_at LIMIT :limit
+                )
                 """,
                 before=before,
                 limit=limit,

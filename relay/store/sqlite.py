@@ -1,20 +1,25 @@
-"""The SQLite driver: one connection that writes and checkpoints, one that only reads."""
+"""The SQLite driver: one connection that writes and checkpoints, two that only read."""
 
 import asyncio
 import fcntl
 import sqlite3
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar, cast
 
 import aiosqlite
 
 from relay.errors import ConfigError, DatabaseInUse, StoreError
 from relay.store.database import Row, Transaction, expand
 
+T = TypeVar("T")
 # WAL with FULL: one fsync for each commit, and group commit makes those few.
-_SETTINGS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY")
+_WRITES = (
+    *("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "synchronous = FULL"),
+    *("foreign_keys = ON", "temp_store = MEMORY"),
+)
+_READS = ("query_only = ON", "wal_autocheckpoint = 0")
 _BUSY_SECONDS = 5
 
 
@@ -23,34 +28,34 @@ class SQLite:
 
     skip_locked = ""  # there is only ever one writer
 
-    def __init__(
-        self, writer: aiosqlite.Connection, reader: aiosqlite.Connection, lock: IO[str] | None
-    ) -> None:
-        self._writer, self._reader, self._lock = writer, reader, lock
-        self._writing, self._reading = asyncio.Lock(), asyncio.Lock()
+    def __init__(self, connections: Sequence[aiosqlite.Connection], lock: IO[str]) -> None:
+        self._writer, self._reader, self._browser = connections
+        self._connections, self._lock = connections, lock
+        self._locks = {connection: asyncio.Lock() for connection in connections}
 
     @classmethod
     async def open(cls, path: Path) -> Self:
         """Creates the file when it is not there. Raises ConfigError when it cannot be had."""
         lock = _lock(path)
+        connections: list[aiosqlite.Connection] = []
         try:
-            writer = await _connect(path)
-            for setting in ("auto_vacuum = INCREMENTAL", *_SETTINGS):
-                await writer.execute(f"PRAGMA {setting}")
-            reader = await _connect(path)
-            for setting in ("query_only = ON", "wal_autocheckpoint = 0", "foreign_keys = ON"):
-                await reader.execute(f"PRAGMA {setting}")
+            for settings in (_WRITES, _READS, _READS):
+                connections.append(await _connect(path))
+                for setting in settings:
+                    await connections[-1].execute(f"PRAGMA {setting}")
         except (sqlite3.Error, OSError) as error:
+            # Each has a thread of its own, which would keep the program from ending.
+            for connection in connections:
+                await connection.close()
             lock.close()
             raise ConfigError(f"database: {path} cannot be opened: {error}") from error
-        return cls(writer, reader, lock)
+        return cls(connections, lock)
 
     async def close(self) -> None:
         # The last one to close checkpoints: that must be the writer.
-        await self._reader.close()
-        await self._writer.close()
-        if self._lock is not None:
-            self._lock.close()
+        for connection in reversed(self._connections):
+            await connection.close()
+        self._lock.close()
 
     async def probe(self) -> None:
         async with self.write() as tx:
@@ -58,45 +63,74 @@ class SQLite:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:
-        async with self._writing, _transaction(self._writer) as transaction:
+        async with self._locks[self._writer], _transaction(self._writer) as transaction:
             yield transaction
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[Transaction]:
-        async with self._reading:
+    async def read(self, *, browse: bool = False) -> AsyncIterator[Transaction]:
+        connection = self._browser if browse else self._reader
+        async with self._locks[connection]:
             with _as_store_error((sqlite3.Error,)):
-                yield _SQLiteTransaction(self._reader)
+                yield _SQLiteTransaction(connection)
 
 
 class _SQLiteTransaction:
+    """Statements whose results nobody reads wait for the next one: a trip to the connection's thread costs
+    more than most statements do. Their errors come with it, at the latest with the commit."""
+
     def __init__(self, connection: aiosqlite.Connection) -> None:
         self._connection = connection
+        self._waiting: list[Callable[[sqlite3.Connection], object]] = []
+
+    def begin(self) -> None:
+        self._waiting.append(lambda connection: connection.execute("BEGIN IMMEDIATE"))
+
+    async def commit(self) -> None:
+        await self._run(lambda connection: connection.commit())
 
     async def execute(self, sql: str, **values: Any) -> int:
         sql, values = expand(sql, values)
-        async with self._connection.execute(sql, values) as cursor:
-            return cursor.rowcount
+        return await self._run(lambda connection: connection.execute(sql, values).rowcount)
 
     async def execute_many(self, sql: str, rows: Sequence[Row]) -> None:
         if rows:
-            await self._connection.executemany(sql, rows)
+            self._waiting.append(lambda connection: connection.executemany(sql, rows))
 
     async def fetch(self, sql: str, **values: Any) -> list[Row]:
         sql, values = expand(sql, values)
-        return list(await self._connection.execute_fetchall(sql, values))  # type: ignore[arg-type] # sqlite3.Row is a mapping in all but its stub
+        return await self._run(lambda connection: connection.execute(sql, values).fetchall())
+
+    async def _run(self, last: Callable[[sqlite3.Connection], T]) -> T:
+        waiting, self._waiting = self._waiting, []
+
+        def work() -> T:
+            connection = self._connection._conn
+            for statement in waiting:
+                statement(connection)
+            return last(connection)
+
+        # aiosqlite has no public way to run several statements in one trip.
+        run = cast(Callable[[Callable[[], T]], Awaitable[T]], self._connection._execute)
+        try:
+            return await run(work)
+        except UnicodeError as error:
+            raise sqlite3.ProgrammingError(str(error)) from error
+        except ValueError as error:
+            # What aiosqlite says of a closed connection.
+            raise sqlite3.OperationalError(str(error)) from error
 
 
 @asynccontextmanager
 async def _transaction(connection: aiosqlite.Connection) -> AsyncIterator[_SQLiteTransaction]:
+    transaction = _SQLiteTransaction(connection)
     try:
-        with _as_store_error():
-            await connection.execute("BEGIN IMMEDIATE")
+        transaction.begin()
         with _as_store_error((sqlite3.Error,)):
-            yield _SQLiteTransaction(connection)
+            yield transaction
         with _as_store_error():
-            await connection.commit()
+            await transaction.commit()
     except BaseException:
-        # Also when BEGIN itself was canceled: it goes on in its thread, and this comes after it there.
+        # Also after a cancellation: what was begun goes on in its thread, and this comes after it there.
         with suppress(sqlite3.Error, ValueError):
             await asyncio.shield(connection.rollback())
         raise
@@ -110,7 +144,9 @@ def _as_store_error(
     try:
         yield
     except kinds as error:
-        raise StoreError(f"the database did not take it: {error}") from error
+        # What is wrong with a row concerns that row; anything else concerns whoever writes now.
+        general = not isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError)
+        raise StoreError(f"the database did not take it: {error}", general=general) from error
 
 
 async def _connect(path: Path) -> aiosqlite.Connection:

@@ -1,5 +1,5 @@
 -- Times are unix milliseconds, ids are time-ordered text, JSON is text, a flag is a nullable time.
--- Rows carry their tenant.
+-- Rows carry their tenant; it comes last in unique constraints, so that no list is read by it alone.
 
 CREATE TABLE tenants (
     id TEXT PRIMARY KEY,
@@ -28,6 +28,9 @@ CREATE TABLE endpoints (
     secret TEXT NOT NULL,
     previous_secret TEXT,
     previous_secret_expires_at BIGINT,
+    rate_limit DOUBLE PRECISION,
+    failing_since BIGINT,
+    failing_event TEXT,
     disabled_at BIGINT,
     disabled_reason TEXT,
     deleted_at BIGINT,
@@ -64,6 +67,7 @@ CREATE TABLE generations (
     errors BIGINT NOT NULL,
     missing BIGINT NOT NULL,
     hint_asks BIGINT,
+    hints BIGINT NOT NULL,
     last_error TEXT,
     version BIGINT NOT NULL,
     CONSTRAINT generation_status_is_known
@@ -74,9 +78,13 @@ CREATE TABLE generations (
         CHECK (due_at IS NOT NULL OR status NOT IN ('queued', 'processing')),
     CONSTRAINT ended_generations_are_known_since
         CHECK ((known_at IS NULL) = (status IN ('queued', 'processing'))),
-    CONSTRAINT a_job_is_watched_once UNIQUE (tenant, account, job_id)
+    CONSTRAINT a_job_is_watched_once UNIQUE (account, job_id, tenant)
 );
-CREATE INDEX generations_due ON generations (due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX generations_due ON generations (account, due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX generations_overdue ON generations (deadline_at) WHERE known_at IS NULL;
+CREATE INDEX generations_by_status ON generations (status, id);
+CREATE INDEX generations_of_an_account ON generations (account, id);
+CREATE INDEX generations_of_a_job ON generations (job_id);
 
 CREATE TABLE events (
     id TEXT PRIMARY KEY,
@@ -89,7 +97,7 @@ CREATE TABLE events (
     body BYTEA NOT NULL,
     created_at BIGINT NOT NULL,
     CONSTRAINT each_ending_is_announced_once UNIQUE (generation_id, ending),
-    CONSTRAINT a_publisher_names_an_event_once UNIQUE (tenant, source_id)
+    CONSTRAINT a_publisher_names_an_event_once UNIQUE (source_id, tenant)
 );
 
 CREATE TABLE deliveries (
@@ -98,6 +106,7 @@ CREATE TABLE deliveries (
     event_id TEXT NOT NULL REFERENCES events (id),
     endpoint_id TEXT,
     callback_url TEXT,
+    destination TEXT NOT NULL,
     status TEXT NOT NULL,
     attempts BIGINT NOT NULL,
     run_attempts BIGINT NOT NULL,
@@ -113,8 +122,9 @@ CREATE TABLE deliveries (
     CONSTRAINT sending_deliveries_are_leased CHECK (status <> 'sending' OR lease IS NOT NULL),
     CONSTRAINT an_event_goes_to_an_endpoint_once UNIQUE (event_id, endpoint_id)
 );
-CREATE INDEX deliveries_due ON deliveries (due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX deliveries_due ON deliveries (destination, due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX deliveries_of_an_endpoint ON deliveries (endpoint_id, id);
+CREATE INDEX deliveries_not_delivered ON deliveries (status, id) WHERE status <> 'delivered';
 
 CREATE TABLE attempts (
     id TEXT PRIMARY KEY,
@@ -139,3 +149,4 @@ CREATE TABLE idempotency_keys (
     created_at BIGINT NOT NULL,
     PRIMARY KEY (tenant, key)
 );
+CREATE INDEX idempotency_keys_by_age ON idempotency_keys (created_at);
