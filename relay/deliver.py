@@ -1,39 +1,112 @@
-"""Delivering: claim due deliveries, sign, send, settle. The hot loop."""
+"""Delivering: claim due deliveries, sign, send, settle. The hot loop.
+
+Every destination has a lane. A lane holds in memory what can be sent soon, and no more: what waits
+behind it waits in the store, and is never read ahead of others' work.
+"""
 
 import asyncio
 import logging
 import random
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from uuid import uuid4
 
 from relay import event, signature
 from relay.batch import Batch
-from relay.delivery import Answer, Claimed, Code, Settlement, settle
+from relay.breaker import Breaker
+from relay.delivery import Answer, Claimed, Code, Settlement, Trigger, settle
 from relay.sender import Sender
 from relay.store import Store
 from relay.store.events import Handoff
 
 log = logging.getLogger(__name__)
-# What is taken into memory; the rest waits in the store.
-HELD = 2_000
 LEASE = 45_000
 MARGIN = 5_000
+# In memory at most: deliveries in all, bytes of bodies in all, deliveries of one lane.
+HELD, HELD_BYTES, HELD_PER_LANE = 4_000, 64 * 1024 * 1024, 512
+# A lane holds what it can send within so many milliseconds, so that leases do not run out in it.
+AHEAD = 10_000
+UNKNOWN_LATENCY = 500
+# A lane that must wait longer than this gives back what it holds.
+PATIENCE = 2_000
+SWEPT = 500
+# Idle lanes are kept for what is known of their endpoints.
+LANES_KEPT = 10_000
+# Endpoints that have not answered well of late share half of all slots, and each has few of them once a
+# quarter of that half is taken.
+OVERDUE, UNPROVEN_SLOTS = 1_000, 2
+# While fresh work waits, one in so many of a lane's attempts is a retry.
+RETRIES_TURN = 5
 
 
+@dataclass(slots=True)
 class Lane:
-    """The deliveries to one endpoint that are in memory, and how many of them are being sent."""
+    """The deliveries to one destination that are in memory, and how it is."""
 
-    __slots__ = ("sending", "waiting")
+    fresh: deque[Claimed] = field(default_factory=deque)
+    retries: deque[Claimed] = field(default_factory=deque)
+    sending: int = 0
+    breaker: Breaker = field(default_factory=Breaker)
+    ready: bool = False  # in the ring of those whose turn comes, or waiting for a moment
+    backlog: bool = False  # more of it is due in the store
+    well: bool | None = None  # how its last attempt went; None when only the store may know
+    begun: dict[str, float] = field(default_factory=dict)  # when the attempts in flight began, oldest first
+    turn: int = 0
+    rate_limit: float | None = None
+    next_at: float = 0.0  # when its rate limit allows the next attempt
 
-    def __init__(self) -> None:
-        self.waiting: deque[Claimed] = deque()
-        self.sending = 0
+    @property
+    def waiting(self) -> int:
+        return len(self.fresh) + len(self.retries)
+
+    @property
+    def held(self) -> int:
+        return self.waiting + self.sending
+
+    def is_proven(self, now: float) -> bool:
+        """Whether its last answer was good and none is overdue: only then it may take many slots."""
+        return self.well is True and now - next(iter(self.begun.values()), now) < OVERDUE
+
+    def slots(self, now: int, most: int, *, crowded: bool) -> int:
+        """How many may be in flight at once; `crowded` says that many are whose endpoints may hang."""
+        slots = self.breaker.slots(now, most)
+        return min(slots, UNPROVEN_SLOTS) if crowded and not self.is_proven(now) else slots
+
+    def room(self, now: int, most: int) -> int:
+        """How many more it may hold: what it sends within AHEAD; negative when it holds too many."""
+        slots = self.breaker.slots(now, most)
+        if slots == 0 or self.next_at > now + PATIENCE:
+            return -self.held
+        if self.breaker.trips:
+            return 1 - self.held
+        latency = max(1.0, UNKNOWN_LATENCY if self.breaker.latency is None else self.breaker.latency)
+        room = min(HELD_PER_LANE, max(2 * slots, round(slots * AHEAD / latency)))
+        if self.rate_limit is not None:
+            room = min(room, max(1, round(self.rate_limit * PATIENCE / 1000)))
+        return room - self.held
+
+    def is_idle(self, now: int, most: int) -> bool:
+        """Whether forgetting it loses nothing."""
+        healthy = self.breaker.slots(now, most) == most and not self.breaker.failures
+        return not self.held and healthy and not self.backlog and self.next_at <= now
+
+    def put(self, one: Claimed) -> None:
+        (self.retries if _is_retry(one) else self.fresh).append(one)
+
+    def take(self, *, retries_allowed: bool) -> Claimed | None:
+        self.turn += 1
+        its_turn = not self.fresh or self.turn % RETRIES_TURN == 0
+        if self.retries and retries_allowed and its_turn:
+            return self.retries.popleft()
+        return self.fresh.popleft() if self.fresh else None
 
 
 class Deliverer:
-    """Sends what is handed over and what comes due: round-robin over endpoints, at most
-    `endpoint_concurrency` at once to one and `concurrency` in all. Times are milliseconds."""
+    """Sends what is handed over and what comes due: round-robin over destinations, at most
+    `endpoint_concurrency` at once to one and `concurrency` in all, a quarter of it kept for first
+    attempts. Times are milliseconds."""
 
     def __init__(
         self,
@@ -48,60 +121,112 @@ class Deliverer:
     ) -> None:
         self._store, self._sender, self._now = store, sender, now
         self._schedule, self._timeout = schedule, timeout
-        self._concurrency, self._endpoint_concurrency = concurrency, endpoint_concurrency
+        self._concurrency, self._most = concurrency, endpoint_concurrency
+        self._retry_slots = max(1, concurrency * 3 // 4)
+        self._unproven_slots = max(1, concurrency // 2)
         self._settle: Batch[Settlement, None] = Batch(self._write)
         self._lanes: dict[str, Lane] = {}
         self._ready: deque[str] = deque()
-        self._held = 0
-        self._sending = 0
+        self._parked: dict[str, None] = {}
+        self._held = self._held_bytes = self._sending = self._retrying = self._unproven = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._claiming = asyncio.Lock()
-        self._stopping = False
+        self._swept_to = ""
+        self._woken = self._stopping = False
 
     def handoff(self) -> Handoff:
-        """How many fresh deliveries `accept` takes now, and the lease to insert them with."""
-        room = 0 if self._stopping else max(0, HELD - self._held)
-        return Handoff(uuid4().hex, self._now() + self._lease, room)
+        """Which fresh deliveries `accept` takes now, and the lease to insert them with."""
+        taken: Counter[str] = Counter()
+        size = 0
+
+        def takes(destination: str, length: int) -> bool:
+            nonlocal size
+            lane = self._lanes.get(destination)
+            if (
+                self._stopping
+                or taken.total() >= HELD - self._held
+                or size + length > HELD_BYTES - self._held_bytes
+                or taken[destination] >= self._room(lane)
+            ):
+                if lane is not None:
+                    lane.backlog = True
+                return False
+            taken[destination] += 1
+            size += length
+            return True
+
+        return Handoff(uuid4().hex, self._now() + self._lease, takes)
 
     def accept(self, claimed: Sequence[Claimed]) -> None:
-        """Takes deliveries that are leased to this process and begins to send them."""
+        """Takes deliveries that are leased to this process and begins to send them; a relay that is stopping
+        gives them back."""
+        if self._stopping:
+            self._spawn(self._store.deliveries.release(claimed, now=self._now()))
+            return
         for one in claimed:
-            key = one.endpoint_id or one.url
-            lane = self._lanes.get(key)
+            lane = self._lanes.get(one.destination)
             if lane is None:
-                lane = self._lanes[key] = Lane()
-            lane.waiting.append(one)
-            if len(lane.waiting) == 1 and lane.sending < self._endpoint_concurrency:
-                self._ready.append(key)
-        self._held += len(claimed)
+                lane = self._lanes[one.destination] = Lane()
+            lane.put(one)
+            self._held += 1
+            self._held_bytes += len(one.body)
+            self._offer(one.destination, lane)
         self._pump()
 
     async def tick(self) -> None:
-        """Claims what is due; idempotent."""
+        """Claims what is due, a little of every destination; idempotent."""
         async with self._claiming:
-            room = HELD - self._held
-            if self._stopping or room <= 0:
+            self._woken = False
+            if self._stopping:
                 return
             now = self._now()
-            self.accept(
-                await self._store.deliveries.claim(
-                    now=now, limit=min(room, 500), lease=uuid4().hex, lease_until=now + self._lease
-                )
+            wanted = await self._sweep(now)
+            budget = HELD - self._held
+            if self._held_bytes >= HELD_BYTES or budget <= 0 or not wanted:
+                return
+            # Everybody gets less rather than somebody nothing.
+            share = max(1, budget // len(wanted))
+            wanted = {name: min(room, share) for name, room in list(wanted.items())[:budget]}
+            claimed = await self._store.deliveries.claim(
+                wanted,
+                now=now,
+                lease=uuid4().hex,
+                lease_until=now + self._lease,
+                most_bytes=HELD_BYTES - self._held_bytes,
             )
+            got = Counter(one.destination for one in claimed)
+            self.accept(claimed)
+            for name, room in wanted.items():
+                if name in self._lanes:
+                    self._lanes[name].backlog = got[name] >= room
 
     def wake(self) -> None:
         """Looks for due deliveries now rather than at the next tick."""
-        if not self._stopping:
+        if not self._stopping and not self._woken:
+            self._woken = True
             self._spawn(self.tick())
+
+    def forget(self, endpoint_id: str) -> None:
+        """The endpoint has changed: what waits for it here goes back to the store, to be read anew."""
+        lane = self._lanes.get(endpoint_id)
+        if lane is None:
+            return
+        lane.well, lane.breaker = None, Breaker()
+        if lane.waiting:
+            lane.backlog = True
+            self._spawn(self._store.deliveries.release(self._empty(lane), now=self._now()))
+
+    def stop_claiming(self) -> None:
+        """What is under way goes on."""
+        self._stopping = True
 
     async def stop(self) -> None:
         """Claims nothing more, gives back what has not begun, and returns when the rest is settled."""
-        self._stopping = True
-        unsent = [one for lane in self._lanes.values() for one in lane.waiting]
+        self.stop_claiming()
+        async with self._claiming:
+            pass  # the last tick, if one is at it, has given back what it claimed
         self._ready.clear()
-        for lane in self._lanes.values():
-            lane.waiting.clear()
-        self._held -= len(unsent)
+        unsent = [one for lane in self._lanes.values() for one in self._empty(lane)]
         if unsent:
             await self._store.deliveries.release(unsent, now=self._now())
         while self._tasks:
@@ -111,16 +236,91 @@ class Deliverer:
     def _lease(self) -> int:
         return max(LEASE, 3 * self._timeout)
 
+    async def _sweep(self, now: int) -> dict[str, int]:
+        """How many to claim of each destination: those known to have more, and the next ones in order."""
+        found = await self._store.deliveries.destinations(now=now, after=self._swept_to, limit=SWEPT)
+        self._swept_to = found[-1][0] if len(found) == SWEPT else ""
+        if len(self._lanes) > LANES_KEPT:
+            for name, lane in list(self._lanes.items()):
+                if lane.is_idle(now, self._most):
+                    del self._lanes[name]
+        names = {name for name, is_due in found if is_due}
+        names |= {name for name, lane in self._lanes.items() if lane.backlog}
+        rooms = {name: self._room(self._lanes.get(name)) for name in names}
+        return {name: room for name, room in rooms.items() if room > 0}
+
+    def _room(self, lane: Lane | None) -> int:
+        return (lane or Lane()).room(self._now(), self._most)
+
+    def _offer(self, name: str, lane: Lane) -> None:
+        """Puts a lane into the ring when it has something that may be sent now."""
+        if lane.ready or not lane.waiting or (name in self._parked and not lane.fresh):
+            return
+        now = self._now()
+        if now < lane.breaker.paused_until or now < lane.next_at:
+            self._wait(name, lane, max(lane.breaker.paused_until, lane.next_at) - now)
+        elif self._may_send(lane):
+            lane.ready = True
+            self._ready.append(name)
+
+    def _wait(self, name: str, lane: Lane, pause: float) -> None:
+        if pause > PATIENCE:
+            unsent = self._empty(lane)
+            lane.backlog = False
+            self._spawn(self._store.deliveries.release(unsent, now=self._now()))
+            return
+        lane.ready = True  # nobody else offers it meanwhile
+
+        def again() -> None:
+            lane.ready = False
+            if not self._stopping:
+                self._offer(name, lane)
+                self._pump()
+
+        asyncio.get_running_loop().call_later(pause / 1000, again)
+
+    def _empty(self, lane: Lane) -> Sequence[Claimed]:
+        unsent = [*lane.fresh, *lane.retries]
+        lane.fresh.clear()
+        lane.retries.clear()
+        self._held -= len(unsent)
+        self._held_bytes -= sum(len(one.body) for one in unsent)
+        return unsent
+
     def _pump(self) -> None:
-        while self._ready and self._sending < self._concurrency:
-            key = self._ready.popleft()
-            lane = self._lanes[key]
-            one = lane.waiting.popleft()
+        while self._ready and self._sending < self._concurrency and not self._stopping:
+            name = self._ready.popleft()
+            lane = self._lanes.get(name)
+            if lane is None:
+                continue  # it was emptied in the ring, and then forgotten
+            lane.ready = False
+            if not lane.waiting or not self._may_send(lane):
+                self._offer(name, lane)  # things have changed since it got in line
+                continue
+            unproven = not lane.is_proven(self._now())
+            one = None
+            if not unproven or self._unproven < self._unproven_slots:
+                one = lane.take(retries_allowed=self._retrying < self._retry_slots)
+            if one is None:
+                # There are enough retries, or enough of what may hang, under way.
+                self._parked[name] = None
+                continue
+            self._parked.pop(name, None)
+            if self._is_too_late(one):
+                self._held -= 1
+                self._held_bytes -= len(one.body)
+                self._offer(name, lane)
+                continue
             lane.sending += 1
             self._sending += 1
-            self._spawn(self._attempt(key, lane, one))
-            if lane.waiting and lane.sending < self._endpoint_concurrency:
-                self._ready.append(key)
+            self._retrying += _is_retry(one)
+            lane.rate_limit = one.rate_limit
+            if one.rate_limit is not None:
+                lane.next_at = max(self._now(), lane.next_at) + 1000 / one.rate_limit
+            lane.begun[one.id] = self._now()
+            self._unproven += unproven
+            self._spawn(self._attempt(name, lane, one, unproven=unproven))
+            self._offer(name, lane)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -133,29 +333,65 @@ class Deliverer:
             # The lease brings the delivery back; the loop goes on.
             log.error("delivery.failed: %s", error, exc_info=error)
 
-    async def _attempt(self, key: str, lane: Lane, one: Claimed) -> None:
+    async def _attempt(self, name: str, lane: Lane, one: Claimed, *, unproven: bool) -> None:
+        answer = news = None
         try:
             answer = await self._send(one)
         finally:
             self._sending -= 1
             lane.sending -= 1
-            if lane.waiting:
-                if lane.sending == self._endpoint_concurrency - 1:
-                    self._ready.append(key)
-            elif not lane.sending:
-                del self._lanes[key]
+            lane.begun.pop(one.id, None)
+            self._unproven -= unproven
+            if answer is not None:
+                news = self._learn(lane, one, answer)
+            self._retrying -= _is_retry(one)
+            self._unpark()
+            self._offer(name, lane)
             self._pump()
         try:
             if answer is not None:
-                await self._log_and_settle(one, answer)
+                await self._log_and_settle(one, answer, news)
         finally:
             self._held -= 1
+            self._held_bytes -= len(one.body)
+            if lane.backlog and lane.held <= lane.room(self._now(), self._most):
+                self.wake()
+
+    def _learn(self, lane: Lane, one: Claimed, answer: Answer) -> bool | None:
+        """Whether the endpoint is well now, when that is news to the store."""
+        if answer.code is Code.INTERNAL:
+            return None
+        before, now = lane.breaker, self._now()
+        lane.breaker = before.after(answer, now=now, most=self._most, spread=_spread())
+        if lane.breaker.trips > before.trips:
+            pause = lane.breaker.paused_until - now
+            log.warning("endpoint.paused", extra={"destination": one.destination, "ms": pause})
+        if answer.status == 410 and one.endpoint_id:
+            # Until this attempt's settlement cancels all the others, and they are forgotten.
+            lane.breaker = replace(lane.breaker, paused_until=now + LEASE)
+        known, lane.well = lane.well, answer.accepted
+        return lane.well if known is not lane.well else None
+
+    def _may_send(self, lane: Lane) -> bool:
+        now = self._now()
+        crowded = self._unproven * 4 >= self._unproven_slots
+        return lane.sending < lane.slots(now, self._most, crowded=crowded) and now >= lane.next_at
+
+    def _is_too_late(self, one: Claimed) -> bool:
+        """Whether it waited too long here: it comes due again by itself, and may be another's by then."""
+        return self._now() + self._timeout + MARGIN > one.lease_until
+
+    def _unpark(self) -> None:
+        """One attempt has ended: whoever waits for a slot of its kind may try again, two at a time."""
+        for name in list(islice(self._parked, 2)):
+            del self._parked[name]
+            if name in self._lanes:
+                self._offer(name, self._lanes[name])
 
     async def _send(self, one: Claimed) -> Answer | None:
-        now = self._now()
-        if now + self._timeout + MARGIN > one.lease_until:
-            # It waited too long here: it comes due again by itself, and may be another's by then.
+        if self._is_too_late(one):
             return None
+        now = self._now()
         try:
             headers = signature.headers(one.secrets, one.event_id, now // 1000, one.body)
             return await self._sender.send(one.url, one.body, {**one.headers, **headers})
@@ -163,30 +399,38 @@ class Deliverer:
             log.error("delivery.internal: %s", error, exc_info=error)
             return Answer(now, 0, code=Code.INTERNAL, message="Relay could not make this attempt")
 
-    async def _log_and_settle(self, one: Claimed, answer: Answer) -> None:
+    async def _log_and_settle(self, one: Claimed, answer: Answer, news: bool | None) -> None:
         # A test is for somebody who looks at it now: it is not tried again for days.
         schedule = () if one.event_type == event.TEST else self._schedule
         outcome = settle(
-            one,
-            answer,
-            schedule=schedule,
-            now=self._now(),
-            spread=random.random(),  # noqa: S311 # jitter, not a secret
+            one, answer, schedule=schedule, now=self._now(), spread=_spread(), endpoint_is_well=news
         )
         await self._settle(outcome)
-        log.info(
-            "delivery.attempted",
-            extra={
-                "delivery": one.id,
-                "event": one.event_id,
-                "endpoint": one.endpoint_id,
-                "attempt": outcome.number,
-                "status": outcome.status.value,
-                "response": answer.status,
-                "code": answer.code,
-                "ms": answer.duration_ms,
-            },
-        )
+        log.info("delivery.attempted", extra=_line(one, outcome))
 
     async def _write(self, settlements: Sequence[Settlement]) -> Sequence[None]:
-        return await self._store.deliveries.settle(settlements, now=self._now())
+        for endpoint_id in await self._store.deliveries.settle(settlements, now=self._now()):
+            self.forget(endpoint_id)
+        return [None] * len(settlements)
+
+
+def _is_retry(one: Claimed) -> bool:
+    return one.run_attempts > 0 or one.trigger is Trigger.REPLAY
+
+
+def _spread() -> float:
+    return random.random()  # noqa: S311 # jitter, not a secret
+
+
+def _line(one: Claimed, outcome: Settlement) -> Mapping[str, object]:
+    """The one wide line of an attempt."""
+    return {
+        "delivery": one.id,
+        "event_id": one.event_id,
+        "endpoint": one.endpoint_id,
+        "attempt": outcome.number,
+        "status": outcome.status.value,
+        "response": outcome.answer.status,
+        "code": outcome.answer.code,
+        "ms": outcome.answer.duration_ms,
+    }

@@ -10,6 +10,7 @@ pending | sending ── endpoint disabled or deleted ──► canceled
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from urllib.parse import urlsplit
 
 
 class Status(StrEnum):
@@ -47,6 +48,11 @@ class Code(StrEnum):
     BAD_RESPONSE = "bad_response"  # not HTTP
     BLOCKED_ADDRESS = "blocked_address"  # the guard refused: never retried
     INTERNAL = "internal"  # a fault of Relay's own
+
+
+def destination(endpoint_id: str | None, callback_url: str | None) -> str:
+    """What shares one queue, one breaker and one limit: an endpoint, or the host of callback URLs."""
+    return endpoint_id or f"callback:{urlsplit(callback_url or '').netloc}"
 
 
 LONGEST_RETRY_AFTER = 86_400_000
@@ -91,6 +97,11 @@ class Claimed:
     lease: str
     lease_until: int
     headers: Mapping[str, str] = field(default_factory=dict)
+    rate_limit: float | None = None  # attempts a second
+
+    @property
+    def destination(self) -> str:
+        return destination(self.endpoint_id, self.url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +116,22 @@ class Settlement:
     status: Status
     due_at: int | None
     disable_endpoint: str | None = None
+    endpoint_id: str | None = None
+    event_id: str | None = None
+    endpoint_is_well: bool | None = None
 
 
 def settle(
-    claimed: Claimed, answer: Answer, *, schedule: Sequence[int], now: int, spread: float
+    claimed: Claimed,
+    answer: Answer,
+    *,
+    schedule: Sequence[int],
+    now: int,
+    spread: float,
+    endpoint_is_well: bool | None = None,
 ) -> Settlement:
     """The move that an answer makes. `schedule` holds the pauses in milliseconds; `spread` in [0, 1)
-    adds up to a fifth to a pause, never takes from it."""
+    adds up to a fifth to a pause, never takes from it. `endpoint_is_well` is passed on when it is news."""
     status, due_at, disable = Status.FAILED, None, None
     if answer.accepted:
         status = Status.DELIVERED
@@ -130,4 +150,7 @@ def settle(
         status=status,
         due_at=due_at,
         disable_endpoint=disable,
+        endpoint_id=claimed.endpoint_id,
+        event_id=claimed.event_id,
+        endpoint_is_well=endpoint_is_well,
     )

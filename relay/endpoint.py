@@ -50,6 +50,9 @@ class Endpoint:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     previous_secret: str | None = None
     previous_secret_expires_at: int | None = None
+    rate_limit: float | None = None  # attempts a second
+    failing_since: int | None = None  # every attempt since then has failed
+    failing_event: str | None = None  # the first of the events that failed
     disabled_at: int | None = None
     disabled_reason: str | None = None
     deleted_at: int | None = None

@@ -18,6 +18,7 @@ ENDINGS = {
     Status.TIMED_OUT: "generation.timed_out",
 }
 TEST = "endpoint.test"
+DISABLED = "endpoint.disabled"
 # What only Relay says: nobody else may announce these.
 RESERVED = ("generation.", "endpoint.", "account.")
 
@@ -58,6 +59,12 @@ def test(tenant: str, endpoint_id: str, *, now: int) -> Event:
     """A made-up event that says which endpoint was tested."""
     data = {"endpoint_id": endpoint_id, "message": "This is a test: your endpoint can be reached."}
     return Event(new_id("evt", now), tenant, TEST, envelope(TEST, rfc3339(now), data), now)
+
+
+def disabled(tenant: str, endpoint_id: str, url: str, reason: str, *, now: int) -> Event:
+    """What the other endpoints of a tenant may hear when Relay gives one up."""
+    data = {"endpoint_id": endpoint_id, "url": url, "reason": reason, "disabled_at": rfc3339(now)}
+    return Event(new_id("evt", now), tenant, DISABLED, envelope(DISABLED, rfc3339(now), data), now)
 
 
 def published(tenant: str, type_: str, data: Mapping[str, Any], source_id: str | None, *, now: int) -> Event:

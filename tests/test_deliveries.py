@@ -235,8 +235,8 @@ async def test_what_waits_for_an_endpoint_that_is_gone_is_not_sent_to_it_any_mor
     path = f"/v1/deliveries?endpoint_id={endpoint['id']}"
     async with asyncio.timeout(15):
         while True:
+            events = (await relay.api.get("/v1/events?type=generation.completed")).json()["data"]
             page = (await relay.api.get(path)).json()["data"]
-            events = (await relay.api.get("/v1/events")).json()["data"]
             settled = all(one["status"] in ("failed", "canceled") for one in page)
             if len(events) == len(watched) and settled:
                 break
