@@ -137,6 +137,7 @@ class Generation:
     errors: int = 0  # asks in a row that brought no answer
     missing: int = 0  # asks in a row that were answered "no such job"
     hint_asks: int | None = None  # asks since the last callback; None when there is no open hint
+    hints: int = 0  # callbacks so far
     last_error: str | None = None
     lease: str | None = None
     version: int = 0

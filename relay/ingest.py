@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from relay.batch import Batch
 from relay.delivery import Claimed
+from relay.errors import Refused
 from relay.event import Event, ending
 from relay.generation import Generation
 from relay.schedule import Report
 from relay.store import Store
-from relay.store.events import Change, Handoff
-from relay.store.idempotency import Idempotency
+from relay.store.events import Change, Handoff, Publication
 
 log = logging.getLogger(__name__)
 
@@ -29,25 +29,28 @@ class Ingest:
     ) -> None:
         self._store, self._handoff, self._accept, self._now = store, handoff, accept, now
         self._batch: Batch[Report, Generation | None] = Batch(self._write)
-        self._published: Batch[Event, Event] = Batch(self._publish)
+        self._published: Batch[Publication, Sequence[Event] | Refused] = Batch(self._publish)
         self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._stopping = False
 
     async def record(self, report: Report) -> Generation | None:
         """The generation after the report, durably; None when it is no longer watched."""
         return await self._batch(report)
 
-    async def publish(
-        self, tenant: str, events: Sequence[Event], idempotency: Idempotency | None
-    ) -> Sequence[Event]:
-        """The events as they are stored, durably: an earlier one where there is one of the same `source_id`,
-        and the earlier ones when this Idempotency-Key was used before."""
-        if idempotency is None:
-            return await asyncio.gather(*map(self._published, events))
-        stored, claimed = await self._store.events.publish_once(
-            tenant, events, idempotency, self._handoff(), now=self._now()
-        )
-        self._accept(claimed)
-        return stored
+    async def publish(self, publication: Publication) -> Sequence[Event]:
+        """The events as they are stored, durably, all or none; earlier ones where there are any of the same
+        `source_id` or Idempotency-Key. Raises Refused when that key was used for something else."""
+        result = await self._published(publication)
+        if isinstance(result, Refused):
+            raise result
+        return result
+
+    def stop_waiting(self) -> None:
+        """Whoever waits for an end is answered now."""
+        self._stopping = True
+        for bells in self._waiting.values():
+            for bell in bells:
+                bell.set()
 
     async def flush(self) -> None:
         await self._batch.flush()
@@ -59,7 +62,7 @@ class Ingest:
         self._waiting.setdefault(generation_id, set()).add(bell)
         try:
             generation = await self._store.generations.get(tenant, generation_id)
-            if generation is None or generation.ended:
+            if generation is None or generation.ended or self._stopping:
                 return generation
             try:
                 async with asyncio.timeout(timeout):
@@ -73,10 +76,10 @@ class Ingest:
             if not bells:
                 del self._waiting[generation_id]
 
-    async def _publish(self, events: Sequence[Event]) -> Sequence[Event]:
-        stored, claimed = await self._store.events.publish(events, self._handoff(), now=self._now())
+    async def _publish(self, publications: Sequence[Publication]) -> Sequence[Sequence[Event] | Refused]:
+        results, claimed = await self._store.events.publish(publications, self._handoff(), now=self._now())
         self._accept(claimed)
-        return stored
+        return results
 
     async def _write(self, reports: Sequence[Report]) -> Sequence[Generation | None]:
         now = self._now()
@@ -84,6 +87,7 @@ class Ingest:
         current = {one.id: one for one in await self._store.generations.get_many(ids)}
         events: dict[str, Event] = {}
         changed: set[str] = set()
+        moves: list[tuple[Generation, Generation]] = []
         asked = []
         for report in reports:
             generation = current.get(report.generation_id)
@@ -93,7 +97,7 @@ class Ingest:
             if report.update is not None:
                 after = generation.after(report.update, now=now, learned_by=report.learned_by)
             if after is not None:
-                _log(generation, after)
+                moves.append((generation, after))
                 changed.add(after.id)
                 current[after.id] = generation = after
                 if after.ended:
@@ -102,6 +106,8 @@ class Ingest:
         changes = [Change(current[id_], events.get(id_)) for id_ in sorted(changed)]
         fresh, claimed = await self._store.events.record(changes, asked, self._handoff(), now=now)
         self._accept(claimed)
+        for before, after in moves:
+            _log(before, after)
         for event in fresh:
             for bell in self._waiting.get(event.generation_id or "", ()):
                 bell.set()
@@ -121,12 +127,14 @@ def _log(before: Generation, after: Generation) -> None:
                 "learned_by": after.learned_by,
             },
         )
-    if after.update is not None and after.update.status is None:
+    said = before.update.provider_status if before.update is not None else None
+    update = after.update
+    if update is not None and update.status is None and update.provider_status != said:
         log.warning(
             "generation.unknown_status",
             extra={
                 "generation": after.id,
                 "account": after.account,
-                "provider_status": after.update.provider_status,
+                "provider_status": update.provider_status,
             },
         )

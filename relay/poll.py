@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
@@ -10,7 +11,7 @@ from typing import Literal
 from uuid import uuid4
 
 from relay.asker import Asker
-from relay.errors import Conflict, ProviderError, StoreError
+from relay.errors import Conflict, Limited, ProviderError, StoreError
 from relay.generation import ENDINGS, OPEN, Code, Generation, LearnedBy, Update
 from relay.providers import Account
 from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Asked, Report, next_ask
@@ -18,8 +19,9 @@ from relay.store import Store
 
 log = logging.getLogger(__name__)
 LEASE = 60_000
-AT_ONCE = 128
-AT_ONCE_PER_ACCOUNT = 32
+# Of one account: a provider that hangs costs the others nothing.
+AT_ONCE = 32
+OVERDUE = 100
 FAILING = 3
 
 
@@ -31,13 +33,21 @@ class Budget:
         self._burst = self._pause * max(0.0, (per_minute or 0) / 10 - 1)
         self._next = 0.0
 
-    def wait(self, now: int) -> int:
-        """Milliseconds until a request may be made; 0 takes that request from the budget."""
-        early = self._next - now
-        if early > self._burst:
-            return round(early - self._burst) or 1
+    def available(self, now: int) -> int:
+        """How many requests may be made at once now."""
+        if not self._pause:
+            return AT_ONCE
+        # Nothing is booked further ahead than one pause: what is, was booked before the clock was set back.
+        self._next = min(self._next, now + self._burst + self._pause)
+        return max(0, int((now + self._burst - max(self._next, now)) / self._pause + 1))
+
+    def take(self, now: int) -> None:
+        """Books one request."""
         self._next = max(self._next, now) + self._pause
-        return 0
+
+    def wait(self, now: int) -> int:
+        """Milliseconds until a request may be made."""
+        return 0 if self.available(now) else math.ceil(self._next - now - self._burst)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,62 +88,86 @@ class Poller:
         self.health = {name: Health() for name in accounts}
         self._budgets = {name: Budget(account.requests_per_minute) for name, account in accounts.items()}
         self._asking: set[asyncio.Task[None]] = set()
-        self._per_account: Counter[str] = Counter()
+        self._under_way: Counter[str] = Counter()
+        self._more: set[str] = set()
         self._tick = asyncio.Lock()
-        self._stopping = False
+        self._woken = self._stopping = False
 
     def wake(self) -> None:
         """Looks for due generations now rather than at the next tick."""
-        if not self._stopping:
+        if not self._stopping and not self._woken:
+            self._woken = True
             self._spawn(self.tick())
 
     async def tick(self) -> None:
-        """Claims what is due and begins to ask; idempotent."""
+        """Claims what is due, of each account as much as may be asked now, and begins to ask; idempotent."""
         async with self._tick:
-            room = AT_ONCE - sum(self._per_account.values())
-            if self._stopping or room <= 0:
+            self._woken = False
+            if self._stopping:
                 return
             now = self._now()
-            due = await self._store.generations.claim(
-                now=now, limit=room, lease=uuid4().hex, lease_until=now + LEASE
+            lease, lease_until = uuid4().hex, now + LEASE
+            overdue = await self._store.generations.claim_overdue(
+                now=now, limit=OVERDUE, lease=lease, lease_until=lease_until
             )
-            later = []
+            for generation in overdue:
+                # Without a request to spare it is over all the same, unasked.
+                may_ask = self._room(generation.account, now) > 0
+                self._begin(generation, now, asks=may_ask)
+            rooms = {name: self._room(name, now) for name in self._accounts}
+            wanted = {name: room for name, room in rooms.items() if room > 0}
+            due = await self._store.generations.claim(
+                wanted, now=now, lease=uuid4().hex, lease_until=lease_until
+            )
             for generation in due:
-                wait = self._wait(generation, now)
-                if wait:
-                    later.append((generation, now + wait))
-                else:
-                    self._per_account[generation.account] += 1
-                    self._spawn(self._visit(generation))
-            await self._store.generations.postpone(later)
+                self._begin(generation, now, asks=True)
+            got = Counter(generation.account for generation in due)
+            self._more = {name for name, room in wanted.items() if got[name] >= room}
 
     async def refresh(self, generation: Generation) -> Generation | None:
         """Asks now, whatever the schedule says; the generation afterwards, None when it is gone.
 
-        Raises Conflict when the account is not configured or the job is not known.
+        Raises Conflict when the account is not configured or the job is not known, Limited when the
+        account's budget is used up.
         """
         if generation.account not in self._accounts:
             raise Conflict(f"account {generation.account!r} is not configured any more")
         if generation.job_id is None and generation.claimed_job_id is None:
             raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
+        budget, now = self._budgets[generation.account], self._now()
+        if wait := budget.wait(now):
+            raise Limited("this account's requests are used up for the moment", retry_after=wait)
         claimed = await self._store.generations.claim_one(
-            generation.id, lease=uuid4().hex, lease_until=self._now() + LEASE
+            generation.id, lease=uuid4().hex, lease_until=now + LEASE
         )
-        return await self._ask(claimed, LearnedBy.REFRESH) if claimed is not None else generation
+        if claimed is None:
+            return generation
+        budget.take(now)
+        return await self._ask(claimed, LearnedBy.REFRESH)
+
+    def stop_claiming(self) -> None:
+        """What is under way goes on."""
+        self._stopping = True
 
     async def stop(self) -> None:
         """Claims nothing more and returns when every ask under way has been recorded."""
-        self._stopping = True
+        self.stop_claiming()
+        async with self._tick:
+            pass  # the last tick, if one is at it, has begun what it claimed
         while self._asking:
             await asyncio.wait(self._asking)
 
-    def _wait(self, generation: Generation, now: int) -> int:
-        account = self._accounts.get(generation.account)
-        if account is None or (generation.job_id is None and generation.claimed_job_id is None):
+    def _room(self, account: str, now: int) -> int:
+        """How many more jobs of an account may be asked about now."""
+        if account not in self._accounts:
             return 0
-        if self._per_account[generation.account] >= AT_ONCE_PER_ACCOUNT:
-            return account.pace.interval
-        return self._budgets[generation.account].wait(now)
+        return min(AT_ONCE - self._under_way[account], self._budgets[account].available(now))
+
+    def _begin(self, generation: Generation, now: int, *, asks: bool) -> None:
+        self._under_way[generation.account] += 1
+        if asks and (generation.job_id or generation.claimed_job_id):
+            self._budgets[generation.account].take(now)
+        self._spawn(self._visit(generation, asks=asks))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -146,20 +180,24 @@ class Poller:
             # The lease brings the generation back; the loop goes on.
             log.error("poll.failed: %s", error, exc_info=None if isinstance(error, StoreError) else error)
 
-    async def _visit(self, generation: Generation) -> None:
+    async def _visit(self, generation: Generation, *, asks: bool) -> None:
         try:
             by = LearnedBy.POLL if generation.hint_asks is None else LearnedBy.CALLBACK
-            await self._ask(generation, by)
+            await self._ask(generation, by, asks=asks)
         finally:
-            self._per_account[generation.account] -= 1
+            self._under_way[generation.account] -= 1
+            if generation.account in self._more:
+                self.wake()
 
-    async def _ask(self, generation: Generation, learned_by: LearnedBy) -> Generation | None:
+    async def _ask(
+        self, generation: Generation, learned_by: LearnedBy, *, asks: bool = True
+    ) -> Generation | None:
         update, error, missing = None, None, 0
         job_id = generation.job_id or generation.claimed_job_id
         account = self._accounts.get(generation.account)
         if account is None:
             error = ProviderError("unreachable", f"account {generation.account!r} is not configured any more")
-        elif job_id is not None:
+        elif job_id is not None and asks:
             try:
                 update = await self._asker.ask(account, job_id)
             except ProviderError as problem:
@@ -169,7 +207,7 @@ class Poller:
             missing = generation.missing + 1
             if missing <= len(MISSING_PAUSES):
                 update = None
-        if generation.job_id is None and job_id is not None:
+        if generation.job_id is None and job_id is not None and asks:
             generation, update = await self._check_claim(generation, job_id, update, missing)
         if self._is_over(generation, update):
             update, learned_by = generation.timed_out(), LearnedBy.DEADLINE
@@ -188,7 +226,7 @@ class Poller:
                 log.warning("poll.claim_refused", extra={"generation": generation.id, "job": job_id})
         elif missing <= len(MISSING_PAUSES):
             return generation, None
-        await self._store.generations.drop_claim(generation.id)
+        await self._store.generations.drop_claim(generation)
         return replace(generation, claimed_job_id=None, hint_asks=None, missing=0), None
 
     def _is_over(self, generation: Generation, update: Update | None) -> bool:
@@ -232,6 +270,7 @@ class Poller:
                 errors=errors,
                 missing=missing,
                 hint_asks=hint_asks,
+                hints=generation.hints,
                 last_error=last_error,
             )
 

@@ -39,7 +39,8 @@ class Pace:
 class Asked:
     """How the asking of one claimed generation went, and when to ask again.
 
-    `errors` and `missing` count asks in a row, `hint_asks` those since the last callback.
+    `errors` and `missing` count asks in a row, `hint_asks` those since the last callback; `hints` is how
+    many callbacks were known when it was asked.
     """
 
     generation_id: str
@@ -49,6 +50,7 @@ class Asked:
     errors: int
     missing: int
     hint_asks: int | None
+    hints: int
     last_error: str | None
 
 

@@ -360,7 +360,9 @@ def test_a_budget_never_gives_more_in_a_minute_than_it_has(per_minute: int, paus
     budget, now, given_at = Budget(per_minute), 0, []
     for pause in pauses:
         now += pause
-        while budget.wait(now) == 0:
+        while budget.available(now):
+            assert budget.wait(now) == 0
+            budget.take(now)
             given_at.append(now)
     for at in given_at:
         assert sum(at <= other < at + MINUTE for other in given_at) <= per_minute
@@ -370,14 +372,18 @@ def test_a_budget_never_gives_more_in_a_minute_than_it_has(per_minute: int, paus
 def test_waiting_as_long_as_a_budget_says_is_enough_and_uses_most_of_it(per_minute: int):
     budget, now, used = Budget(per_minute), 0, 0
     while now < 10 * MINUTE:
-        wait = budget.wait(now)
-        now, used = now + wait, used + (wait == 0)
+        now += budget.wait(now)
+        assert budget.available(now), "whoever has waited may ask"
+        budget.take(now)
+        used += 1
     assert 0.8 * 10 * per_minute <= used <= 10 * per_minute
 
 
 def test_no_budget_is_no_limit():
     budget = Budget(None)
-    assert [budget.wait(0) for _ in range(1000)] == [0] * 1000
+    for _ in range(1000):
+        assert (budget.wait(0), budget.available(0) > 0) == (0, True)
+        budget.take(0)
 
 
 async def test_requests_per_minute_is_kept_and_nobody_starves(world: World):

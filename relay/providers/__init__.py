@@ -153,8 +153,8 @@ def _object(reply: Reply) -> Mapping[str, Any]:
 
 
 def text(value: Any) -> str | None:
-    """A non-empty string, else None."""
-    return value if isinstance(value, str) and value else None
+    """A non-empty string that can be written as UTF-8, else None."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) and value else None
 
 
 def number(value: Any) -> float | int | None:
