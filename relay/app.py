@@ -26,9 +26,9 @@ from relay.store.generations import Hint
 from relay.store.migrate import migrate
 from relay.store.tenants import DEFAULT
 from relay.web import inbound, ops
-from relay.web.api import OPERATIONS
 from relay.web.auth import hash_key, new_key
 from relay.web.context import Relay, State
+from relay.web.operations import OPERATIONS
 from relay.web.problem import HANDLERS
 
 log = logging.getLogger(__name__)
@@ -71,14 +71,22 @@ async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
             yield {"relay": relay}
 
         server = Server(_web(lifespan), grace=settings.delivery.timeout / 1000)
-        server.stop_on_signals()
+
+        def wind_down() -> None:
+            relay.ingest.stop_waiting()
+            relay.poller.stop_claiming()
+            relay.deliverer.stop_claiming()
+
+        server.stop_on_signals(wind_down)
         log.info("relay.serving", extra={"url": origin(bound), "accounts": len(relay.accounts)})
         await server.serve(sockets=[bound])
     log.info("relay.stopped")
 
 
 def _web(lifespan: Callable[[Starlette], AbstractAsyncContextManager[State]]) -> Starlette:
-    routes = [*(one.route() for one in OPERATIONS), *inbound.ROUTES, *ops.routes(OPERATIONS)]
+    # Routes are tried in this order: those that are called most come first.
+    posts_first = sorted(OPERATIONS, key=lambda one: (one.method != "POST", not one.creates))
+    routes = [*(one.route() for one in posts_first), *inbound.ROUTES, *ops.routes(OPERATIONS)]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
     return app
@@ -95,9 +103,11 @@ async def running(
         store = store_on(database)
         await _prepare(store, settings, now=now, show_key=show_key)
         guard = Guard(settings.network.allow)
-        asker = Asker.open(guard, now=now)
+        asker = Asker.open(
+            guard, capability=f"{settings.origin}/hooks/", proxy=settings.network.proxy, now=now
+        )
         stack.push_async_callback(asker.close)
-        sender = Sender.open(guard, timeout=settings.delivery.timeout, now=now)
+        sender = Sender.open(guard, timeout=settings.delivery.timeout, proxy=settings.network.proxy, now=now)
         stack.push_async_callback(sender.close)
         relay = _assemble(settings, store, asker, sender, now=now)
         # In the order of their ends: polls first, then what they recorded, then what is being delivered.

@@ -34,7 +34,12 @@ async def check(settings: Settings) -> AsyncIterator[Finding]:
     for finding in _configuration(settings):
         yield finding
     yield await _database(settings.database)
-    asker = Asker.open(Guard(settings.network.allow), now=wall_clock)
+    asker = Asker.open(
+        Guard(settings.network.allow),
+        capability=f"{settings.origin}/hooks/",
+        proxy=settings.network.proxy,
+        now=wall_clock,
+    )
     try:
         for account in accounts(settings).values():
             yield await _account(asker, account)
@@ -102,8 +107,9 @@ async def _account(asker: Asker, account: Account) -> Finding:
     if reply.status == 403 and not account.provider.not_found(403, answer):
         message = f"{account.provider.name} refuses this machine or this api_key (403)"
         return Finding(subject, "failed", message)
-    if reply.status >= 500 or 300 <= reply.status <= 399:
-        message = f"{account.provider.name} answers {reply.status}: the credential could not be tried"
+    is_answer = 200 <= reply.status <= 299 and isinstance(answer, dict)
+    if not is_answer and not account.provider.not_found(reply.status, answer):
+        message = f"{account.base_url} answers {reply.status}: it may be wrong, the credential was not tried"
         return Finding(subject, "warning", message)
     return Finding(subject, "ok", f"{account.provider.name} takes this api_key")
 

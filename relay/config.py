@@ -6,6 +6,7 @@ Durations are milliseconds once they are read.
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,6 @@ from pydantic.networks import IPvAnyNetwork
 from relay.endpoint import canonical_url
 from relay.errors import ConfigError
 from relay.providers import Account, load
-from relay.schedule import Pace
 from relay.times import parse_duration
 
 OVERRIDES = {
@@ -72,6 +72,7 @@ class DeliverySettings(_Section):
 class NetworkSettings(_Section):
     allow: tuple[IPvAnyNetwork, ...] = ()
     allow_http: bool = False
+    proxy: str | None = Field(default=None, pattern=r"^https?://")
 
 
 class RetentionSettings(_Section):
@@ -99,7 +100,8 @@ class Settings(_Section):
     @property
     def origin(self) -> str:
         """What providers call back: `public_url`, or else this machine."""
-        return (self.public_url or f"http://{self.host}:{self.port}").rstrip("/")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return (self.public_url or f"http://{host}:{self.port}").rstrip("/")
 
 
 def load_config(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -114,7 +116,10 @@ def load_config(path: Path | None, environment: Mapping[str, str] = os.environ) 
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        # Its own message quotes the line, and that may hold a secret.
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ConfigError(f"{path} is not YAML: {where}{getattr(error, 'problem', None)}") from error
     if document is None:
         document = {}
     if not isinstance(document, dict):
@@ -160,20 +165,16 @@ def _account(name: str, given: AccountSettings, settings: Settings) -> Account:
         raise ConfigError(f"{key}.provider: {error}") from error
     base_url = given.base_url or provider.base_url
     _check_url(f"{key}.base_url", base_url, settings, allow_http=settings.network.allow_http)
-    pace = provider.pace
+    pace = replace(provider.pace, timeout=given.timeout or provider.pace.timeout)
     if given.poll_interval is not None:
-        pace = Pace(
-            first=given.poll_interval,
-            interval=given.poll_interval,
-            timeout=pace.timeout,
-            backstop=5 * given.poll_interval,
-        )
+        pause = given.poll_interval
+        pace = replace(pace, first=pause, interval=pause, backstop=5 * pause)
     return Account(
         name=name,
         provider=provider,
         api_key=given.api_key,
         base_url=base_url,
-        pace=Pace(pace.first, pace.interval, given.timeout or pace.timeout, pace.backstop),
+        pace=pace,
         requests_per_minute=given.requests_per_minute or provider.requests_per_minute,
     )
 

@@ -24,7 +24,8 @@ class WideFormatter(logging.Formatter):
         }
         trace = self.formatException(record.exc_info) if record.exc_info else None
         if self._as_json:
-            line = {"at": at, "level": record.levelname.lower(), "event": record.getMessage(), **fields}
+            line = {"at": at, "level": record.levelname.lower(), "event": record.getMessage()}
+            line = {**line, **{name: value for name, value in fields.items() if name not in line}}
             return json.dumps({**line, "trace": trace} if trace else line, default=str)
         tail = "".join(f" {name}={value}" for name, value in fields.items())
         return f"{at} {record.levelname:<7} {record.getMessage()}{tail}" + (f"\n{trace}" if trace else "")
@@ -37,3 +38,5 @@ def set_up(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A tick that is skipped because the last one is still at it is no news.
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)

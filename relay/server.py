@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
@@ -31,11 +31,16 @@ class Server(uvicorn.Server):
         # uvicorn would raise the signal again in the end, and so end the program before it has cleaned up.
         yield
 
-    def stop_on_signals(self) -> None:
-        """SIGTERM and SIGINT end `serve`."""
+    def stop_on_signals(self, first: Callable[[], None] = lambda: None) -> None:
+        """SIGTERM and SIGINT call `first`, and end `serve`."""
+
+        def stop() -> None:
+            first()
+            self.stop()
+
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, stop)
 
     def stop(self) -> None:
         """No new connections; `serve` returns once the requests under way have ended."""

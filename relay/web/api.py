@@ -1,13 +1,13 @@
-"""The API: every operation, and the table of them all."""
+"""What the operations of the API do; `relay.web.operations` is the table of them."""
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import httpx
 
 from relay import event, signature
-from relay.body import parse
 from relay.endpoint import Endpoint, canonical_url
 from relay.errors import Conflict, FieldError, Invalid, NotFound
 from relay.event import Event
@@ -15,11 +15,12 @@ from relay.generation import Generation, Status
 from relay.ids import new_id
 from relay.schedule import first_ask
 from relay.store.deliveries import Attempt, Delivery
+from relay.store.events import Publication
 from relay.store.generations import Watch
 from relay.times import rfc3339
 from relay.web import resources as r
 from relay.web.context import Relay
-from relay.web.operation import Call, Operation, Result
+from relay.web.operation import Call, Result
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,6 +40,7 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         event_types=body.event_types or (),
         accounts=_known_accounts(call.relay, body.accounts),
         headers=body.headers or {},
+        rate_limit=body.rate_limit,
         metadata=body.metadata or {},
     )
     created = await call.relay.store.endpoints.create(endpoint, call.idempotency)
@@ -72,12 +74,14 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
     changed = await call.relay.store.endpoints.change(call.tenant, endpoint.id, given, now=call.relay.now())
     if changed is None:
         raise NotFound(f"no endpoint {endpoint.id}")
+    call.relay.deliverer.forget(endpoint.id)
     return Result(200, r.EndpointResource.of(changed))
 
 
 async def delete_endpoint(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
     await call.relay.store.endpoints.delete(call.tenant, endpoint.id, now=call.relay.now())
+    call.relay.deliverer.forget(endpoint.id)
     return Result(204)
 
 
@@ -92,6 +96,7 @@ async def disable_endpoint(call: Call[None, None]) -> Result:
     await call.relay.store.endpoints.disable(
         call.tenant, endpoint.id, reason="disabled by its owner", now=call.relay.now()
     )
+    call.relay.deliverer.forget(endpoint.id)
     return await get_endpoint(call)
 
 
@@ -111,6 +116,7 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
     secret = call.body.secret or signature.new_secret()
     expires_at = now + call.body.overlap_seconds * 1000
     await call.relay.store.endpoints.rotate(call.tenant, endpoint.id, secret, expires_at=expires_at, now=now)
+    call.relay.deliverer.forget(endpoint.id)
     return Result(200, r.SecretResource(secret=secret, previous_secret_expires_at=rfc3339(expires_at)))
 
 
@@ -226,7 +232,11 @@ async def publish_event(call: Call[r.EventPublish | list[r.EventPublish], None])
     relay, now = call.relay, call.relay.now()
     items = call.body if isinstance(call.body, list) else [call.body]
     made = [event.published(call.tenant, one.type, one.data, one.id, now=now) for one in items]
-    stored = [_event(one) for one in await relay.ingest.publish(call.tenant, made, call.idempotency)]
+    kept = await relay.ingest.publish(Publication(call.tenant, made, call.idempotency))
+    stored = [
+        _event(one, given.data if one is new else None)
+        for one, new, given in zip(kept, made, items, strict=True)
+    ]
     if isinstance(call.body, list):
         return Result(201, r.Page[r.EventResource](data=stored, next_cursor=None))
     return Result(201, stored[0])
@@ -236,7 +246,7 @@ async def list_events(call: Call[None, r.EventQuery]) -> Result:
     found = await call.relay.store.events.page(
         call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
     )
-    return _page(found, call.query, _event)
+    return _page(found, call.query, lambda one: _event(one))
 
 
 async def get_event(call: Call[None, None]) -> Result:
@@ -322,13 +332,17 @@ def _generation(relay: Relay, one: Generation) -> r.GenerationResource:
     return r.GenerationResource.of(one, relay.callbacks.url(one.account, one.id) if calls_back else None)
 
 
-def _event(one: Event) -> r.EventResource:
-    body = parse(one.body)
+def _event(one: Event, data: Mapping[str, Any] | None = None) -> r.EventResource:
+    """`data` spares reading it from the body, when it is at hand."""
+    timestamp = rfc3339(one.created_at)
+    if data is None:
+        body = json.loads(one.body)
+        data, timestamp = body["data"], body["timestamp"]
     return r.EventResource(
         id=one.id,
         type=one.type,
-        timestamp=body["timestamp"],
-        data=body["data"],
+        timestamp=timestamp,
+        data=data,
         generation_id=one.generation_id,
         account=one.account,
         source_id=one.source_id,
@@ -389,215 +403,3 @@ def _account(relay: Relay, name: str) -> r.AccountResource:
         last_error=health.last_error,
         last_error_at=rfc3339(health.last_error_at) if health.last_error_at is not None else None,
     )
-
-
-_FOUND = {200: "Found", 404: "There is no such thing"}
-_ENDPOINT = {"url": "https://hooks.example.com/relay", "event_types": ["generation.completed"]}
-_GENERATION = {"account": "pixellabs", "job_id": "gen_8f7b2c9a1e3d", "metadata": {"order": 42}}
-
-OPERATIONS = (
-    Operation(
-        "POST",
-        "/v1/endpoints",
-        "Register a URL",
-        create_endpoint,
-        r.EndpointWithSecret,
-        {201: "Registered; the secret is shown here and by GET …/secret only"},
-        body=r.EndpointCreate,
-        creates=True,
-        example=_ENDPOINT,
-    ),
-    Operation(
-        "GET",
-        "/v1/endpoints",
-        "List endpoints",
-        list_endpoints,
-        r.Page[r.EndpointResource],
-        {200: "A page"},
-        query=r.PageQuery,
-    ),
-    Operation("GET", "/v1/endpoints/{id}", "Show an endpoint", get_endpoint, r.EndpointResource, _FOUND),
-    Operation(
-        "PATCH",
-        "/v1/endpoints/{id}",
-        "Change an endpoint",
-        change_endpoint,
-        r.EndpointResource,
-        {200: "Changed", 404: _FOUND[404]},
-        body=r.EndpointChange,
-        example={"description": "orders"},
-    ),
-    Operation(
-        "DELETE",
-        "/v1/endpoints/{id}",
-        "Delete an endpoint; its open deliveries are canceled",
-        delete_endpoint,
-        None,
-        {204: "Deleted", 404: _FOUND[404]},
-    ),
-    Operation(
-        "POST",
-        "/v1/endpoints/{id}/enable",
-        "Enable an endpoint",
-        enable_endpoint,
-        r.EndpointResource,
-        {200: "Enabled", 404: _FOUND[404]},
-    ),
-    Operation(
-        "POST",
-        "/v1/endpoints/{id}/disable",
-        "Disable an endpoint; its open deliveries are canceled",
-        disable_endpoint,
-        r.EndpointResource,
-        {200: "Disabled", 404: _FOUND[404]},
-    ),
-    Operation(
-        "POST",
-        "/v1/endpoints/{id}/test",
-        "Send endpoint.test, once",
-        test_endpoint,
-        r.DeliveryResource,
-        {202: "On its way", 404: _FOUND[404], 409: "The endpoint is disabled"},
-    ),
-    Operation(
-        "POST",
-        "/v1/endpoints/{id}/secret/rotate",
-        "Give an endpoint a new secret; the old one signs too for a while",
-        rotate_secret,
-        r.SecretResource,
-        {200: "Rotated", 404: _FOUND[404]},
-        body=r.SecretRotate,
-        example={"overlap_seconds": 86400},
-    ),
-    Operation(
-        "GET",
-        "/v1/endpoints/{id}/secret",
-        "Show an endpoint's secret",
-        get_secret,
-        r.SecretResource,
-        _FOUND,
-    ),
-    Operation(
-        "GET",
-        "/v1/signing-secret",
-        "Show what deliveries to callback_url are signed with",
-        get_signing_secret,
-        r.SecretResource,
-        {200: "The secret"},
-    ),
-    Operation(
-        "POST",
-        "/v1/generations",
-        "Watch a generation",
-        create_generation,
-        r.GenerationResource,
-        {201: "Watched from now on", 200: "This account's job was already watched: here it is"},
-        body=r.GenerationCreate,
-        creates=True,
-        example=_GENERATION,
-    ),
-    Operation(
-        "GET",
-        "/v1/generations",
-        "List generations",
-        list_generations,
-        r.Page[r.GenerationResource],
-        {200: "A page"},
-        query=r.GenerationQuery,
-    ),
-    Operation(
-        "GET", "/v1/generations/{id}", "Show a generation", get_generation, r.GenerationResource, _FOUND
-    ),
-    Operation(
-        "PATCH",
-        "/v1/generations/{id}",
-        "Set a generation's job id or metadata",
-        change_generation,
-        r.GenerationResource,
-        {200: "Changed", 404: _FOUND[404], 409: "It has another job, or another generation has this one"},
-        body=r.GenerationChange,
-        example={"job_id": "4d82d040-4394-4371-867d-72ae1dd62b6d"},
-    ),
-    Operation(
-        "DELETE",
-        "/v1/generations/{id}",
-        "Stop watching a generation",
-        delete_generation,
-        None,
-        {204: "No longer watched", 404: _FOUND[404]},
-    ),
-    Operation(
-        "POST",
-        "/v1/generations/{id}/refresh",
-        "Ask the provider now; last_error tells when it could not be asked",
-        refresh_generation,
-        r.GenerationResource,
-        {200: "As it is now", 404: _FOUND[404], 409: "There is nothing to ask about yet"},
-    ),
-    Operation(
-        "GET",
-        "/v1/generations/{id}/wait",
-        "Answer when a generation has ended or the time is over",
-        wait_for_generation,
-        r.GenerationResource,
-        _FOUND,
-        query=r.WaitQuery,
-    ),
-    Operation(
-        "POST",
-        "/v1/events",
-        "Publish an event of your own, or up to 100 as a list",
-        publish_event,
-        r.EventResource,
-        {201: "Stored, and on its way to the endpoints that want its type"},
-        body=r.EventPublish,
-        creates=True,
-        at_most=100,
-        page=r.Page[r.EventResource],
-        example={"type": "order.shipped", "data": {"order": 42}, "id": "order-42-shipped"},
-    ),
-    Operation(
-        "GET",
-        "/v1/events",
-        "List events",
-        list_events,
-        r.Page[r.EventResource],
-        {200: "A page"},
-        query=r.EventQuery,
-    ),
-    Operation("GET", "/v1/events/{id}", "Show an event", get_event, r.EventResource, _FOUND),
-    Operation(
-        "GET",
-        "/v1/deliveries",
-        "List deliveries",
-        list_deliveries,
-        r.Page[r.DeliveryResource],
-        {200: "A page"},
-        query=r.DeliveryQuery,
-    ),
-    Operation(
-        "GET",
-        "/v1/deliveries/{id}",
-        "Show a delivery and its attempts",
-        get_delivery,
-        r.DeliveryWithAttempts,
-        _FOUND,
-    ),
-    Operation(
-        "POST",
-        "/v1/deliveries/{id}/replay",
-        "Make a finished delivery pending again",
-        replay_delivery,
-        r.DeliveryResource,
-        {202: "Pending again", 404: _FOUND[404], 409: "It is not finished, or its endpoint takes nothing"},
-    ),
-    Operation(
-        "GET",
-        "/v1/accounts",
-        "List accounts and how they are",
-        list_accounts,
-        r.Page[r.AccountResource],
-        {200: "A page"},
-        query=r.PageQuery,
-    ),
-)

@@ -7,7 +7,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from relay import __version__
-from relay.event import ENDINGS, TEST
+from relay.event import DISABLED, ENDINGS, TEST
 from relay.web import resources as r
 from relay.web.operation import LARGEST_BODY, Operation
 
@@ -88,6 +88,16 @@ _SPOILED: Mapping[str, Mapping[str, Any]] = {
             "retryable": None,
             "provider_code": None,
         },
+    },
+}
+
+_OPERATIONAL: Mapping[str, Mapping[str, str]] = {
+    TEST: {"endpoint_id": "ep_01KKVHBCB0Q2VBV3N8S0WZ6T1D", "message": "This is a test."},
+    DISABLED: {
+        "endpoint_id": "ep_01KKVHBCB0Q2VBV3N8S0WZ6T1D",
+        "url": "https://hooks.example.com/relay",
+        "reason": "it answered 410 Gone",
+        "disabled_at": "2026-03-16T14:30:12.000Z",
     },
 }
 
@@ -269,11 +279,11 @@ def _webhooks(names: Mapping[Any, Any]) -> dict[str, Any]:
             ended["outputs"] = []
         example = {"type": type_, "timestamp": _EXAMPLE["completed_at"], "data": ended}
         webhooks[type_] = _webhook(type_, names[(r.GenerationData, "serialization")], example)
-    data = {"endpoint_id": "ep_01KKVHBCB0Q2VBV3N8S0WZ6T1D", "message": "This is a test."}
-    example = {"type": TEST, "timestamp": _EXAMPLE["completed_at"], "data": data}
-    properties = {"endpoint_id": {"type": "string"}, "message": {"type": "string"}}
-    schema = {"type": "object", "required": sorted(properties), "properties": properties}
-    webhooks[TEST] = _webhook(TEST, schema, example)
+    for type_, data in _OPERATIONAL.items():
+        example = {"type": type_, "timestamp": _EXAMPLE["completed_at"], "data": data}
+        properties = {name: {"type": "string"} for name in data}
+        schema = {"type": "object", "required": sorted(properties), "properties": properties}
+        webhooks[type_] = _webhook(type_, schema, example)
     return webhooks
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -121,6 +121,8 @@ async def read_body(request: Request[Any]) -> bytes:
                     raise TooLarge(f"the body may be {LARGEST_BODY} bytes at most")
     except TimeoutError as error:
         raise Malformed(f"the body did not arrive within {BODY_DEADLINE:g} s") from error
+    except ClientDisconnect as error:
+        raise Malformed("the body did not arrive") from error
     return bytes(body)
 
 

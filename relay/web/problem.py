@@ -1,6 +1,7 @@
 """Errors as problem+json (RFC 9457): one handler for everything that is raised."""
 
 import logging
+import math
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -8,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from relay.body import compact
-from relay.errors import Invalid, Refused, StoreError, Unauthorized
+from relay.errors import Invalid, Limited, Refused, StoreError, Unauthorized
 
 log = logging.getLogger(__name__)
 RETRY_AFTER = "2"
@@ -42,6 +43,8 @@ async def refused(request: Request, error: Exception) -> Response:
     if isinstance(error, Invalid):
         errors = [{"field": one.field, "message": one.message} for one in error.errors]
     headers = {"www-authenticate": "Bearer"} if isinstance(error, Unauthorized) else None
+    if isinstance(error, Limited):
+        headers = {"retry-after": str(math.ceil(error.retry_after / 1000))}
     return problem(error.status, error.title, str(error), errors=errors, headers=headers)
 
 

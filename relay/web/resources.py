@@ -73,6 +73,7 @@ PublishedType = Annotated[EventType, AfterValidator(_not_ours)]
 JobId = Annotated[str, AfterValidator(_job_id)]
 Secret = Annotated[str, AfterValidator(_secret)]
 Headers = Annotated[Mapping[str, str], Field(max_length=20), AfterValidator(_headers)]
+RateLimit = Annotated[float, Field(gt=0, le=10_000, description="Attempts a second, at most.")]
 Instant = Annotated[int, BeforeValidator(_instant, json_schema_input_type=str)]
 Time = Annotated[str, Field(examples=["2026-03-16T14:30:12.000Z"], json_schema_extra={"format": "date-time"})]
 
@@ -111,10 +112,6 @@ class Page(Resource, Generic[T]):
     next_cursor: str | None
 
 
-class Nothing(Request):
-    """No fields."""
-
-
 class EndpointCreate(Request):
     url: str
     description: str | None = Field(default=None, max_length=1000)
@@ -122,7 +119,7 @@ class EndpointCreate(Request):
     accounts: Annotated[list[str], Field(max_length=100)] | None = None
     filter: None = Field(default=None, description="Reserved: filters on the payload are not there yet.")
     headers: Headers | None = None
-    rate_limit: None = Field(default=None, description="Reserved: rate limits are not there yet.")
+    rate_limit: RateLimit | None = None
     secret: Secret | None = None
     metadata: Metadata | None = None
 
@@ -135,6 +132,7 @@ class EndpointChange(Request):
     event_types: Annotated[list[EventType], Field(max_length=100)] | None = None
     accounts: Annotated[list[str], Field(max_length=100)] | None = None
     headers: Headers | None = None
+    rate_limit: RateLimit | None = None
     metadata: Metadata | None = None
 
 
@@ -151,7 +149,7 @@ class EndpointResource(Resource):
     accounts: Sequence[str] | None
     filter: None = None
     headers: Mapping[str, str]
-    rate_limit: None = None
+    rate_limit: float | None
     metadata: Mapping[str, Any]
     status: Literal["enabled", "disabled"]
     disabled_reason: str | None
@@ -179,6 +177,7 @@ def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
         "event_types": list(one.event_types) or None,
         "accounts": list(one.accounts) or None,
         "headers": one.headers,
+        "rate_limit": one.rate_limit,
         "metadata": one.metadata,
         "status": "disabled" if one.disabled_at is not None else "enabled",
         "disabled_reason": one.disabled_reason,
