@@ -5,6 +5,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import cycle
 
 
 class Sink(asyncio.Protocol):
@@ -73,7 +74,7 @@ def request(host: str, path: str, key: str, body: bytes) -> bytes:
     ).encode() + body
 
 
-def event(filler: str, *, type_: str = "bench.event") -> bytes:
+def event(filler: str, *, type_: str = "bench.0") -> bytes:
     """An event of about a kilobyte that says when it was sent."""
     return json.dumps({"type": type_, "data": {"sent_at": time.time_ns(), "filler": filler}}).encode()
 
@@ -85,14 +86,23 @@ def age_ms(body: bytes) -> float:
 
 
 async def load(
-    host: str, port: int, path: str, key: str, *, connections: int, seconds: float, rate: float | None = None
+    host: str,
+    port: int,
+    key: str,
+    types: Sequence[str],
+    *,
+    seconds: float,
+    connections: int = 64,
+    rate: float | None = None,
 ) -> int:
-    """POSTs events as fast as they are answered, or at `rate` a second; how many were accepted."""
+    """Publishes events of these types in turn, as fast as they are answered or at `rate` a second; how many
+    were accepted."""
     loop = asyncio.get_running_loop()
     filler = "x" * 900
     accepted = 0
     end = loop.time() + seconds
     slots = deque([loop.time()])
+    turn = cycle(types)
 
     async def one() -> None:
         nonlocal accepted
@@ -102,7 +112,8 @@ async def load(
                 slot = max(slots[0], now - 0.1)
                 slots[0] = slot + 1 / rate
                 await asyncio.sleep(max(0, slot - now))
-            status = await client.send(request(f"{host}:{port}", path, key, event(filler)))
+            body = event(filler, type_=next(turn))
+            status = await client.send(request(f"{host}:{port}", "/v1/events", key, body))
             accepted += 200 <= status <= 299
 
     await asyncio.gather(*(one() for _ in range(connections)))
