@@ -5,7 +5,7 @@ BIN := .venv/bin
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lock image clean
+.PHONY: help install demo test check bench lock image clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 12
@@ -23,6 +23,9 @@ check: .venv/.installed-dev  ## Lint, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+bench: .venv/.installed-dev  ## Measure: how fast, how soon, how fair (about ten minutes)
+	$(BIN)/python -m bench.delivery --json bench/results.json
 
 lock: .venv/.installed-dev  ## Write the lock files anew, with the newest versions
 	$(BIN)/uv pip compile -q --upgrade pyproject.toml --group build --group dev --universal \
