@@ -79,12 +79,15 @@ class Asker:
                 error.code, self._clean(str(error), account), retry_after=error.retry_after
             ) from error
         except Exception as error:
-            raise ProviderError(
-                "unreadable", f"{account.provider.name} failed to read the answer: {error!r}"
-            ) from error
+            said = self._clean(repr(error), account)
+            raise ProviderError("unreadable", f"{account.provider.name} failed to read it: {said}") from error
         problem = update.error
         if problem is not None:
-            problem = replace(problem, message=self._clean(problem.message, account))
+            problem = replace(
+                problem,
+                message=self._clean(problem.message, account),
+                provider_code=self._clean(problem.provider_code, account),
+            )
         return replace(update, raw=self._clean(update.raw, account), error=problem)
 
     async def fetch(self, account: Account, job_id: str) -> Reply:

@@ -1,0 +1,55 @@
+"""What a provider echoes or a broken provider file says never carries the credential on."""
+
+import ipaddress
+import time
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from relay.asker import Asker
+from relay.errors import ProviderError
+from relay.guard import Guard
+from relay.providers import Account, Provider
+from relay.providers.vivix import Vivix
+from tests.serving import serving
+
+KEY = "vvx_live_a/secret"
+
+
+class Broken(Vivix):
+    """A provider file with a mistake that shows what it read."""
+
+    def read(self, answer, *, now):
+        raise LookupError(answer)
+
+
+async def echo(request: Request) -> Response:
+    said = request.headers["authorization"].removeprefix("Bearer ")
+    return JSONResponse({"status": "failed", "error": said, "message": f"bad key {said}"})
+
+
+async def ask(provider: Provider):
+    async with serving(Starlette(routes=[Route("/{path:path}", echo)])) as origin:
+        guard = Guard([ipaddress.ip_network("127.0.0.0/8")])
+        asker = Asker.open(guard, capability="https://r/hooks/", now=lambda: time.time_ns() // 1_000_000)
+        try:
+            return await asker.ask(Account("a", provider, KEY, origin, provider.pace), "job")
+        finally:
+            await asker.close()
+
+
+async def test_an_echoed_credential_is_blotted_out_of_every_part_of_the_problem():
+    update = await ask(Vivix())
+    assert update.error is not None
+    assert KEY not in repr(update)
+    assert update.error.message == "bad key [redacted]"
+
+
+async def test_a_mistake_in_a_provider_file_is_an_unreadable_answer_without_the_credential():
+    with pytest.raises(ProviderError) as raised:
+        await ask(Broken())
+    assert raised.value.code == "unreadable"
+    assert KEY not in str(raised.value)
