@@ -5,7 +5,7 @@ BIN := .venv/bin
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench lock image clean
+.PHONY: help install demo test test-all check bench lock image clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 12
@@ -17,6 +17,9 @@ demo: install  ## Watch Relay at work: simulated providers, a verifying subscrib
 
 test: .venv/.installed-dev tests/javascript/node_modules  ## Install what the tests need, and run all of them
 	$(BIN)/pytest -n 2 --dist loadgroup $(TESTS)
+
+test-all: .venv/.installed-dev tests/javascript/node_modules  ## Run all of them with many more examples each
+	RELAY_REQUIRE_ALL_TESTS=1 $(BIN)/pytest -n 2 --dist loadgroup --hypothesis-profile thorough $(TESTS)
 
 check: .venv/.installed-dev  ## Lint, types and import rules
 	$(BIN)/ruff check .

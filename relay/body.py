@@ -4,6 +4,9 @@ import json
 import math
 from typing import Any, NoReturn
 
+from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError, to_json
+
 from relay.errors import Malformed
 
 DEPTH = 100
@@ -36,8 +39,13 @@ def parse(data: bytes) -> Any:
 
 
 def compact(value: Any) -> bytes:
-    """The value as compact UTF-8 JSON, which every verifier can decode: a lone surrogate becomes `?`."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    """The value, or the pydantic model, as compact UTF-8 JSON, which every verifier can decode: a lone
+    surrogate becomes `?`."""
+    try:
+        return to_json(value)
+    except PydanticSerializationError:
+        plain = value.model_dump(by_alias=True) if isinstance(value, BaseModel) else value
+        return json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def _deeper_than(value: Any, depth: int) -> bool:

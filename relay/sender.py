@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Self
 
 import aiohttp
-from aiohttp import ClientResponse, ClientSession, ClientTimeout, DummyCookieJar
+from aiohttp import BytesPayload, ClientResponse, ClientSession, ClientTimeout, DummyCookieJar
 from yarl import URL
 
 from relay import __version__
@@ -20,7 +20,8 @@ _ON_THE_WIRE = 512 * 1024
 _KEPT = 16 * 1024
 # A receiver that closes an idle connection while we reuse it costs an attempt: reuse only briefly.
 _KEEPALIVE = 4.0
-_HEADERS = {"content-type": "application/json", "user-agent": USER_AGENT, "accept-encoding": "identity"}
+_JSON = "application/json"
+_HEADERS = {"content-type": _JSON, "user-agent": USER_AGENT, "accept-encoding": "identity"}
 _FAILURES: tuple[tuple[type[BaseException], Code], ...] = (
     (TimeoutError, Code.TIMEOUT),
     (aiohttp.ClientConnectorDNSError, Code.DNS),
@@ -78,7 +79,7 @@ class Sender:
                 async with self._session.post(
                     # The URL was made canonical when it was stored: nothing may re-read it differently now.
                     URL(url, encoded=True),
-                    data=body,
+                    data=BytesPayload(body, content_type=_JSON),
                     headers=headers,
                     allow_redirects=False,
                     proxy=self._proxy,

@@ -10,12 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 from relay.app import build
 from relay.config import Settings, read_config
 from relay.simulator import Simulator
 from tests.serving import Subscriber, listener, origin_of, serving
 
+hypothesis_settings.register_profile("thorough", max_examples=3000, deadline=None)
 ADMIN_KEY = "admin-key-of-the-tests"
 
 

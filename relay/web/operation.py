@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from relay.body import compact, parse
 from relay.errors import FieldError, Invalid, Malformed, TooLarge
@@ -62,25 +63,29 @@ class Operation:
     example: Mapping[str, Any] = field(default_factory=dict)
 
     def route(self) -> Route:
-        async def endpoint(request: Request[State]) -> Response:
-            relay = request.state["relay"]
-            tenant = await tenant_of(request, relay)
-            raw = await read_body(request)
-            call = Call(
-                relay=relay,
-                tenant=tenant,
-                path=request.path_params,
-                body=self._read(raw),
-                query=_validate(self.query, dict(request.query_params)) if self.query else None,
-                idempotency=self._idempotency(request, raw),
-            )
-            result = await self.handler(call)
-            if result.resource is None:
-                return Response(status_code=result.status)
-            content = compact(result.resource.model_dump(by_alias=True))
-            return Response(content, result.status, media_type="application/json")
+        return Route(self.path, self, methods=[self.method])
 
-        return Route(self.path, endpoint, methods=[self.method])
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As an ASGI application: the errors it raises are made into problems around it."""
+        response = await self._answer(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request[State]) -> Response:
+        relay = request.state["relay"]
+        tenant = await tenant_of(request, relay)
+        raw = await read_body(request)
+        call = Call(
+            relay=relay,
+            tenant=tenant,
+            path=request.path_params,
+            body=self._read(raw),
+            query=_validate(self.query, dict(request.query_params)) if self.query else None,
+            idempotency=self._idempotency(request, raw),
+        )
+        result = await self.handler(call)
+        if result.resource is None:
+            return Response(status_code=result.status)
+        return Response(compact(result.resource), result.status, media_type="application/json")
 
     def _read(self, raw: bytes) -> BaseModel | list[BaseModel] | None:
         if self.body is None:
@@ -112,17 +117,19 @@ async def read_body(request: Request[Any]) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > LARGEST_BODY:
         raise TooLarge(f"the body may be {LARGEST_BODY} bytes at most")
-    body = bytearray()
+    body, more = bytearray(), True
     try:
         async with asyncio.timeout(BODY_DEADLINE):
-            async for chunk in request.stream():
-                body += chunk
+            while more:
+                message = await request.receive()
+                if message["type"] != "http.request":
+                    raise Malformed("the body did not arrive")
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
                 if len(body) > LARGEST_BODY:
                     raise TooLarge(f"the body may be {LARGEST_BODY} bytes at most")
     except TimeoutError as error:
         raise Malformed(f"the body did not arrive within {BODY_DEADLINE:g} s") from error
-    except ClientDisconnect as error:
-        raise Malformed("the body did not arrive") from error
     return bytes(body)
 
 
