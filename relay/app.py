@@ -19,9 +19,11 @@ from relay.guard import Guard
 from relay.ids import new_id
 from relay.ingest import Ingest
 from relay.poll import Poller
+from relay.providers import Account
 from relay.prune import prune
 from relay.sender import Sender
 from relay.server import Server, bind, origin
+from relay.standing import Standing
 from relay.store import Store, open_database, store_on
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
@@ -116,6 +118,7 @@ async def running(
         sender = Sender.open(guard, timeout=settings.delivery.timeout, proxy=settings.network.proxy, now=now)
         stack.push_async_callback(sender.close)
         relay = _assemble(settings, store, asker, sender, now=now)
+        await relay.poller.resume()
         # In the order of their ends: polls first, then what they recorded, then what is being delivered.
         stack.push_async_callback(relay.deliverer.stop)
         stack.push_async_callback(relay.ingest.flush)
@@ -156,6 +159,11 @@ def _assemble(
     )
     ingest = Ingest(store, handoff=deliverer.handoff, accept=deliverer.accept, now=now)
 
+    async def account_changed(account: Account, standing: Standing) -> None:
+        log.warning(
+            "account.changed", extra={"account": account.name, "status": standing.health.status.value}
+        )
+
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
         await store.generations.hint(hints, now=now())
         return [None] * len(hints)
@@ -167,7 +175,7 @@ def _assemble(
         callbacks=Callbacks(settings.origin, settings.secret_key),
         ingest=ingest,
         asker=asker,
-        poller=Poller(store, asker, configured, record=ingest.record, now=now),
+        poller=Poller(store, asker, configured, record=ingest.record, changed=account_changed, now=now),
         deliverer=deliverer,
         watch=Batch(store.generations.create),
         hint=Batch(hint),

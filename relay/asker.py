@@ -66,12 +66,11 @@ class Asker:
         """Milliseconds by which our clock is ahead of the providers', by their last answers; None without."""
         return sorted(self._skews)[len(self._skews) // 2] if self._skews else None
 
-    async def ask(self, account: Account, job_id: str) -> Update:
-        """What the provider says about a job now, with the credential and our own callback URLs blotted out.
+    def read(self, account: Account, reply: Reply) -> Update:
+        """What the provider says about a job, with the credential and our own callback URLs blotted out.
 
-        Raises ProviderError when it cannot be asked or read.
+        Raises ProviderError when the reply cannot be read or holds nothing about a job.
         """
-        reply = await self.fetch(account, job_id)
         try:
             update = understand(account.provider, reply, now=self._now())
         except ProviderError as error:

@@ -55,6 +55,7 @@ class AccountSettings(_Section):
     timeout: Duration | None = None
     poll_interval: Duration | None = None
     requests_per_minute: int | None = Field(default=None, ge=1)
+    requests_per_day: int | None = Field(default=None, ge=1)
 
 
 class DeliverySettings(_Section):
@@ -168,7 +169,8 @@ def _account(name: str, given: AccountSettings, settings: Settings) -> Account:
     pace = replace(provider.pace, timeout=given.timeout or provider.pace.timeout)
     if given.poll_interval is not None:
         pause = given.poll_interval
-        pace = replace(pace, first=pause, interval=pause, backstop=5 * pause)
+        # Who says how often wants to be told that soon: nothing is expected before it was seen.
+        pace = replace(pace, interval=pause, backstop=5 * pause, typical=None)
     return Account(
         name=name,
         provider=provider,
@@ -176,6 +178,7 @@ def _account(name: str, given: AccountSettings, settings: Settings) -> Account:
         base_url=base_url,
         pace=pace,
         requests_per_minute=given.requests_per_minute or provider.requests_per_minute,
+        requests_per_day=given.requests_per_day or provider.requests_per_day,
     )
 
 

@@ -33,6 +33,8 @@ MOVES: Mapping[Status, frozenset[Status]] = {
 }
 OPEN = frozenset({Status.QUEUED, Status.PROCESSING})
 ENDINGS = frozenset(Status) - OPEN
+# A provider's clock that says more is not believed.
+OLDEST_JOB = 86_400_000
 FINAL = frozenset(status for status, moves in MOVES.items() if not moves)
 
 
@@ -90,7 +92,8 @@ class Update:
     """What a provider said about a generation, normalized.
 
     `status` is None when the provider used a word that is not in its table. Times and durations are
-    milliseconds; `progress` is 0 to 1; `raw` is the provider's own answer.
+    milliseconds; `progress` is 0 to 1; `elapsed_ms` and `remaining_ms` are how long the
+    provider says it has taken and will take; `raw` is the provider's own answer.
     """
 
     status: Status | None
@@ -104,6 +107,8 @@ class Update:
     created_at: int | None = None
     completed_at: int | None = None
     duration_ms: int | None = None
+    elapsed_ms: int | None = None
+    remaining_ms: int | None = None
     raw: Any = None
 
 
@@ -133,6 +138,9 @@ class Generation:
     late: bool = False
     learned_by: LearnedBy | None = None
     asked_at: int | None = None
+    open_at: int | None = None  # when the provider last said that it had not ended
+    rate: float = 0.0  # how likely it ends, as expected when it was last asked about, per millisecond
+    outage: int = 0  # how much of its deadline is owed to outages, milliseconds
     asks: int = 0
     errors: int = 0  # asks in a row that brought no answer
     missing: int = 0  # asks in a row that were answered "no such job"
@@ -145,6 +153,14 @@ class Generation:
     @property
     def ended(self) -> bool:
         return self.status in ENDINGS
+
+    @property
+    def started_at(self) -> int:
+        """When the job began, as far as is known: it may be older than the watching of it."""
+        told = self.update.created_at if self.update is not None else None
+        if told is None or told < self.created_at - OLDEST_JOB:
+            return self.created_at
+        return min(self.created_at, told)
 
     def after(self, update: Update, *, now: int, learned_by: LearnedBy) -> Self | None:
         """This generation after the update, or None when the update is no news.

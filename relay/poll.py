@@ -2,77 +2,36 @@
 
 import asyncio
 import logging
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 from uuid import uuid4
 
 from relay.asker import Asker
-from relay.errors import Conflict, Limited, ProviderError, StoreError
+from relay.budget import Budget
+from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
 from relay.generation import ENDINGS, OPEN, Code, Generation, LearnedBy, Update
+from relay.health import Status
 from relay.providers import Account
-from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Asked, Report, next_ask
+from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask
+from relay.standing import Standing
 from relay.store import Store
 
 log = logging.getLogger(__name__)
 LEASE = 60_000
-# Of one account: a provider that hangs costs the others nothing.
-AT_ONCE = 32
 OVERDUE = 100
-FAILING = 3
-
-
-class Budget:
-    """An account's requests: nine tenths of `per_minute` evenly, one tenth in a burst; None is no limit."""
-
-    def __init__(self, per_minute: int | None) -> None:
-        self._pause = 60_000 / (per_minute * 0.9) if per_minute else 0.0
-        self._burst = self._pause * max(0.0, (per_minute or 0) / 10 - 1)
-        self._next = 0.0
-
-    def available(self, now: int) -> int:
-        """How many requests may be made at once now."""
-        if not self._pause:
-            return AT_ONCE
-        # Nothing is booked further ahead than one pause: what is, was booked before the clock was set back.
-        self._next = min(self._next, now + self._burst + self._pause)
-        return max(0, int((now + self._burst - max(self._next, now)) / self._pause + 1))
-
-    def take(self, now: int) -> None:
-        """Books one request."""
-        self._next = max(self._next, now) + self._pause
-
-    def wait(self, now: int) -> int:
-        """Milliseconds until a request may be made."""
-        return 0 if self.available(now) else math.ceil(self._next - now - self._burst)
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """How an account's last requests went. `status` is `ok`, `unauthorized` or `failing`."""
-
-    status: Literal["ok", "unauthorized", "failing"] = "ok"
-    failures: int = 0
-    last_error: str | None = None
-    last_error_at: int | None = None
-
-    def after(self, error: ProviderError | None, now: int) -> "Health":
-        if error is None:
-            return replace(self, status="ok", failures=0)
-        failures = self.failures + 1
-        status: Literal["ok", "unauthorized", "failing"] = self.status
-        if failures >= FAILING:
-            status = "failing"
-        if error.code == "unauthorized":
-            status = "unauthorized"
-        return Health(status, failures, f"{error.code}: {error}", now)
+# What is known of the accounts is written down so often.
+KEPT_EVERY = 1_000
+# Of an account's past so much is read at the start to learn from.
+LEARNED_FROM = 500
+# A deadline is put off for outages by no more than this.
+LONGEST_OUTAGE = 86_400_000
 
 
 class Poller:
-    """Asks about what is due. `record` takes reports (it is `Ingest.record`)."""
+    """Asks about what is due. `record` takes reports (it is `Ingest.record`); `changed` is told when an
+    account stops to work, and when it works again."""
 
     def __init__(
         self,
@@ -81,17 +40,39 @@ class Poller:
         accounts: Mapping[str, Account],
         *,
         record: Callable[[Report], Coroutine[None, None, Generation | None]],
+        changed: Callable[[Account, Standing], Coroutine[None, None, None]],
         now: Callable[[], int],
     ) -> None:
         self._store, self._asker, self._accounts = store, asker, accounts
-        self._record, self._now = record, now
-        self.health = {name: Health() for name in accounts}
-        self._budgets = {name: Budget(account.requests_per_minute) for name, account in accounts.items()}
+        self._record, self._changed, self._now = record, changed, now
+        self.standings = {
+            name: Standing(one.pace, Budget(one.requests_per_minute, one.requests_per_day))
+            for name, one in accounts.items()
+        }
         self._asking: set[asyncio.Task[None]] = set()
-        self._under_way: Counter[str] = Counter()
-        self._more: set[str] = set()
         self._tick = asyncio.Lock()
+        self._kept_at = 0
+        self._news: set[str] = set()  # accounts of which something is not written down yet
         self._woken = self._stopping = False
+
+    async def resume(self) -> None:
+        """Goes on where the last relay stopped: budgets, health, and what its generations have taught."""
+        states = await self._store.accounts.states()
+        for name, standing in self.standings.items():
+            standing.resume(states.get(name, {}))
+            for generation in await self._store.generations.ended(name, limit=LEARNED_FROM):
+                standing.learn(generation)
+
+    def first_ask(self, account: Account, *, deadline_at: int, job_known: bool, awaits_callback: bool) -> Ask:
+        """When a generation that is now being watched is asked about first."""
+        return first_ask(
+            account.pace,
+            self.standings[account.name].plan(),
+            now=self._now(),
+            deadline_at=deadline_at,
+            job_known=job_known,
+            awaits_callback=awaits_callback,
+        )
 
     def wake(self) -> None:
         """Looks for due generations now rather than at the next tick."""
@@ -106,23 +87,22 @@ class Poller:
             if self._stopping:
                 return
             now = self._now()
-            lease, lease_until = uuid4().hex, now + LEASE
-            overdue = await self._store.generations.claim_overdue(
-                now=now, limit=OVERDUE, lease=lease, lease_until=lease_until
-            )
-            for generation in overdue:
-                # Without a request to spare it is over all the same, unasked.
-                may_ask = self._room(generation.account, now) > 0
-                self._begin(generation, now, asks=may_ask)
-            rooms = {name: self._room(name, now) for name in self._accounts}
+            await self._claim_overdue(now)
+            rooms = {name: one.room(now) for name, one in self.standings.items()}
             wanted = {name: room for name, room in rooms.items() if room > 0}
             due = await self._store.generations.claim(
-                wanted, now=now, lease=uuid4().hex, lease_until=lease_until
+                wanted, now=now, lease=uuid4().hex, lease_until=now + LEASE
             )
             for generation in due:
                 self._begin(generation, now, asks=True)
             got = Counter(generation.account for generation in due)
-            self._more = {name for name, room in wanted.items() if got[name] >= room}
+            for name, standing in self.standings.items():
+                if rooms[name] > 0:
+                    standing.short = got[name] >= rooms[name]
+                standing.budget.feel(short=standing.short)
+            if now >= self._kept_at + KEPT_EVERY or now < self._kept_at:
+                self._kept_at = now
+                await self._keep()
 
     async def refresh(self, generation: Generation) -> Generation | None:
         """Asks now, whatever the schedule says; the generation afterwards, None when it is gone.
@@ -134,9 +114,8 @@ class Poller:
             raise Conflict(f"account {generation.account!r} is not configured any more")
         if generation.job_id is None and generation.claimed_job_id is None:
             raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
-        budget, now = self._budgets[generation.account], self._now()
-        if wait := budget.wait(now):
-            raise Limited("this account's requests are used up for the moment", retry_after=wait)
+        budget, now = self.standings[generation.account].budget, self._now()
+        _check(budget, now)
         claimed = await self._store.generations.claim_one(
             generation.id, lease=uuid4().hex, lease_until=now + LEASE
         )
@@ -144,6 +123,19 @@ class Poller:
             return generation
         budget.take(now)
         return await self._ask(claimed, LearnedBy.REFRESH)
+
+    async def look(self, account: str, job_id: str) -> Update:
+        """What the provider says about a job now, for one request of the account's budget.
+
+        Raises NotFound for an account that is not configured, Limited when its budget is used up,
+        ProviderError when the provider cannot be asked.
+        """
+        if account not in self._accounts:
+            raise NotFound(f"account {account!r} is not configured")
+        budget, now = self.standings[account].budget, self._now()
+        _check(budget, now)
+        budget.take(now)
+        return await self._look(self._accounts[account], job_id)
 
     def stop_claiming(self) -> None:
         """What is under way goes on."""
@@ -156,18 +148,28 @@ class Poller:
             pass  # the last tick, if one is at it, has begun what it claimed
         while self._asking:
             await asyncio.wait(self._asking)
+        await self._keep()
 
-    def _room(self, account: str, now: int) -> int:
-        """How many more jobs of an account may be asked about now."""
-        if account not in self._accounts:
-            return 0
-        return min(AT_ONCE - self._under_way[account], self._budgets[account].available(now))
+    async def _claim_overdue(self, now: int) -> None:
+        overdue = await self._store.generations.claim_overdue(
+            now=now,
+            limit=OVERDUE,
+            lease=uuid4().hex,
+            lease_until=now + LEASE,
+            spared=[name for name, one in self.standings.items() if _is_excused(one, now)],
+        )
+        for generation in overdue:
+            # Without a request to spare it is over all the same, unasked.
+            standing = self.standings.get(generation.account)
+            self._begin(generation, now, asks=standing is not None and standing.room(now) > 0)
 
     def _begin(self, generation: Generation, now: int, *, asks: bool) -> None:
-        self._under_way[generation.account] += 1
-        if asks and (generation.job_id or generation.claimed_job_id):
-            self._budgets[generation.account].take(now)
-        self._spawn(self._visit(generation, asks=asks))
+        standing = self.standings.get(generation.account)
+        if standing is not None:
+            standing.under_way += 1
+            if asks and (generation.job_id or generation.claimed_job_id):
+                standing.budget.take(now)
+        self._spawn(self._visit(generation, standing, asks=asks))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -180,14 +182,32 @@ class Poller:
             # The lease brings the generation back; the loop goes on.
             log.error("poll.failed: %s", error, exc_info=None if isinstance(error, StoreError) else error)
 
-    async def _visit(self, generation: Generation, *, asks: bool) -> None:
+    async def _visit(self, generation: Generation, standing: Standing | None, *, asks: bool) -> None:
         try:
             by = LearnedBy.POLL if generation.hint_asks is None else LearnedBy.CALLBACK
             await self._ask(generation, by, asks=asks)
         finally:
-            self._under_way[generation.account] -= 1
-            if generation.account in self._more:
-                self.wake()
+            if standing is not None:
+                standing.under_way -= 1
+                if standing.short:
+                    self.wake()
+
+    async def _look(self, account: Account, job_id: str) -> Update:
+        """Asks, and notes how the account is; the request is already booked."""
+        standing, error = self.standings[account.name], None
+        try:
+            reply = await self._asker.fetch(account, job_id)
+            standing.budget.hear(reply.status, reply.headers, self._now())
+            return self._asker.read(account, reply)
+        except ProviderError as problem:
+            error = problem
+            raise
+        finally:
+            before = standing.health.status
+            standing.health = standing.health.after(error, now=self._now(), spread=_spread())
+            self._news.add(account.name)
+            if (before is Status.OK) is not (standing.health.status is Status.OK):
+                self._spawn(self._changed(account, standing))
 
     async def _ask(
         self, generation: Generation, learned_by: LearnedBy, *, asks: bool = True
@@ -199,20 +219,23 @@ class Poller:
             error = ProviderError("unreachable", f"account {generation.account!r} is not configured any more")
         elif job_id is not None and asks:
             try:
-                update = await self._asker.ask(account, job_id)
+                update = await self._look(account, job_id)
             except ProviderError as problem:
                 error = problem
-            self.health[account.name] = self.health[account.name].after(error, self._now())
         if update is not None and _says_missing(update):
             missing = generation.missing + 1
             if missing <= len(MISSING_PAUSES):
                 update = None
         if generation.job_id is None and job_id is not None and asks:
             generation, update = await self._check_claim(generation, job_id, update, missing)
+        generation = self._excused(generation)
         if self._is_over(generation, update):
             update, learned_by = generation.timed_out(), LearnedBy.DEADLINE
-        asked = self._asked(generation, account, error=error, missing=missing)
-        return await self._record(Report(generation.id, learned_by, update, asked))
+        asked = self._asked(generation, account, update, error=error, missing=missing)
+        after = await self._record(Report(generation.id, learned_by, update, asked))
+        if after is not None and account is not None and after.known_at != generation.known_at:
+            self.standings[account.name].learn(after)
+        return after
 
     async def _check_claim(
         self, generation: Generation, job_id: str, update: Update | None, missing: int
@@ -229,52 +252,113 @@ class Poller:
         await self._store.generations.drop_claim(generation)
         return replace(generation, claimed_job_id=None, hint_asks=None, missing=0), None
 
+    def _excused(self, generation: Generation) -> Generation:
+        """With its deadline put off by as long as its account could not be asked."""
+        standing = self.standings.get(generation.account)
+        if standing is None or generation.status not in OPEN:
+            return generation
+        outage = min(standing.health.outage(generation.created_at, self._now()), LONGEST_OUTAGE)
+        more = outage - generation.outage
+        if more <= 0:
+            return generation
+        return replace(generation, deadline_at=generation.deadline_at + more, outage=outage)
+
     def _is_over(self, generation: Generation, update: Update | None) -> bool:
         told = update is not None and update.status in ENDINGS
         return not told and generation.status in OPEN and self._now() >= generation.deadline_at
 
     def _asked(
-        self, generation: Generation, account: Account | None, *, error: ProviderError | None, missing: int
+        self,
+        generation: Generation,
+        account: Account | None,
+        update: Update | None,
+        *,
+        error: ProviderError | None,
+        missing: int,
     ) -> Callable[[Generation], Asked]:
         now = self._now()
         errors = generation.errors + 1 if error is not None else 0
         hint_asks = None
         if generation.hint_asks is not None and generation.hint_asks < len(AFTER_CALLBACK):
             hint_asks = generation.hint_asks + 1
-        last_error = f"{error.code}: {error}" if error is not None else None
 
         def asked(after: Generation) -> Asked:
             counted = replace(
                 after,
+                deadline_at=generation.deadline_at,
                 errors=errors,
                 missing=missing,
                 hint_asks=hint_asks,
                 claimed_job_id=generation.claimed_job_id,
             )
-            due_at: int | None = after.deadline_at
-            if account is not None:
-                due_at = next_ask(
-                    counted,
-                    account.pace,
-                    now=now,
-                    spread=random.random(),  # noqa: S311 # jitter, not a secret
-                    error=error,
-                )
-            elif after.ended:
-                due_at = None
+            ask = self._next_ask(counted, account, now, update, error)
             return Asked(
                 generation_id=generation.id,
                 lease=generation.lease or "",
                 at=now,
-                due_at=due_at,
+                due_at=ask.due_at,
+                rate=ask.rate,
+                open_at=now if update is not None and update.status not in ENDINGS else None,
+                deadline_at=generation.deadline_at,
+                outage=generation.outage,
                 errors=errors,
                 missing=missing,
                 hint_asks=hint_asks,
                 hints=generation.hints,
-                last_error=last_error,
+                last_error=f"{error.code}: {error}" if error is not None else None,
             )
 
         return asked
+
+    def _next_ask(
+        self,
+        generation: Generation,
+        account: Account | None,
+        now: int,
+        heard: Update | None,
+        error: ProviderError | None,
+    ) -> Ask:
+        if account is None:
+            return Ask(None if generation.ended else generation.deadline_at)
+        standing = self.standings[account.name]
+        if error is not None and standing.health.status is not Status.OK:
+            # It keeps its place: what is wrong is not about this job, and the account's pause holds it.
+            generation = replace(generation, errors=1)
+        return next_ask(
+            generation,
+            account.pace,
+            standing.plan(generation),
+            now=now,
+            spread=_spread(),
+            scarcity=standing.budget.scarcity,
+            heard=heard,
+            error=error,
+        )
+
+    async def _keep(self) -> None:
+        for name, count in (await self._store.accounts.drawn()).items():
+            for _ in range(count if name in self.standings else 0):
+                self.standings[name].budget.take(self._now())
+        names, self._news = self._news, set()
+        if names:
+            states = {name: self.standings[name].kept() for name in names}
+            await self._store.accounts.keep(states, now=self._now())
+
+
+def _check(budget: Budget, now: int) -> None:
+    if wait := budget.wait(now):
+        raise Limited("this account's requests are used up for the moment", retry_after=wait)
+
+
+def _is_excused(standing: Standing, now: int) -> bool:
+    """Whether deadlines of its generations wait until it can be asked again."""
+    since = standing.health.failing_since
+    out = standing.health.status is not Status.OK
+    return out and since is not None and now - since < LONGEST_OUTAGE
+
+
+def _spread() -> float:
+    return random.random()  # noqa: S311 # jitter, not a secret
 
 
 def _says_missing(update: Update) -> bool:

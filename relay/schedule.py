@@ -1,38 +1,58 @@
 """When to ask a provider next: one pure function of what is known.
 
-Simple on purpose: a first delay, then pauses that grow with the age of the job, so that the news is
-at most a tenth of the waiting time late. Replace `next_ask` to be cleverer.
+What is known is how long such jobs take (`relay.durations`), how old this one is, what the provider says of
+its progress, how scarce the account's requests are now, and the pauses that its documentation asks for.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from relay.durations import Plan
 from relay.errors import ProviderError
 from relay.generation import FINAL, Generation, LearnedBy, Status, Update
 
+# A request may cost so much lag, as a share of how long such jobs take: six requests to learn of an end five
+# hundredths of the duration late, when durations vary by a third.
+PRICE = 0.01
 # A provider's own answer may lag behind its callback.
 AFTER_CALLBACK = (1_000, 2_000, 5_000, 10_000)
 LATE_PAUSE = 600_000
 LATE_WATCH = 86_400_000
 LONGEST_PAUSE = 60_000
-LONGEST_BACKOFF = 300_000
+LONGEST_BACKOFF = 60_000
 LONGEST_RETRY_AFTER = 3_600_000
-# "No such job" may only mean "not yet visible": asked again after these multiples of the interval.
-MISSING_PAUSES = (1, 3, 8)
+# "No such job" may only mean "not yet visible": believed when it was said again after these pauses.
+MISSING_PAUSES = (5_000, 15_000, 45_000)
+# While nobody knows how long such jobs take, the news is at most this share of their age late.
+UNKNOWN_SHARE = 0.1
+# What a provider says of the progress may make a pause so many times longer or shorter.
+HINT_REACH = 4.0
+# The least that is expected of a job, in ends per millisecond: nobody is put off for ever.
+LEAST_RATE = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a provider wants to be asked, in milliseconds.
+    """How a provider wants to be asked, in milliseconds.
 
-    `first`: from being watched to the first ask. `interval`: the shortest pause. `timeout`: until
-    `timed_out`. `backstop`: the pause while a callback is awaited.
+    `interval`: the shortest pause. `timeout`: until `timed_out`. `backstop`: the pause while a callback is
+    awaited. `typical`: the median and the sigma (log-normal) that its jobs are expected to take, None when
+    nothing is expected.
     """
 
-    first: int
     interval: int
     timeout: int
     backstop: int = 60_000
+    typical: tuple[int, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """When to ask, None for never, and how likely the job ends meanwhile, in ends per millisecond."""
+
+    due_at: int | None
+    rate: float = LEAST_RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +60,18 @@ class Asked:
     """How the asking of one claimed generation went, and when to ask again.
 
     `errors` and `missing` count asks in a row, `hint_asks` those since the last callback; `hints` is how
-    many callbacks were known when it was asked.
+    many callbacks were known when it was asked. `open_at` is when the job was last seen not to have ended;
+    `outage` how much of the time until `deadline_at` is owed to outages.
     """
 
     generation_id: str
     lease: str
     at: int
     due_at: int | None
+    rate: float
+    open_at: int | None
+    deadline_at: int
+    outage: int
     errors: int
     missing: int
     hint_asks: int | None
@@ -65,45 +90,110 @@ class Report:
     asked: Callable[[Generation], Asked]
 
 
-def first_ask(pace: Pace, *, now: int, deadline_at: int, job_known: bool, awaits_callback: bool) -> int:
+def first_ask(
+    pace: Pace, plan: Plan | None, *, now: int, deadline_at: int, job_known: bool, awaits_callback: bool
+) -> Ask:
     """When a generation that is now being watched is asked about first."""
     if not job_known:
-        return deadline_at
-    return min(now + (pace.backstop if awaits_callback else pace.first), deadline_at)
+        return Ask(deadline_at)
+    if awaits_callback:
+        return Ask(min(now + pace.backstop, deadline_at))
+    pause = max(pace.interval, plan.next_look(0, _price(plan, 1.0)) if plan is not None else 0)
+    return Ask(min(now + round(pause), deadline_at), _rate(plan, 0, pause))
 
 
 def next_ask(
-    generation: Generation, pace: Pace, *, now: int, spread: float, error: ProviderError | None = None
-) -> int | None:
-    """When to ask again after an ask at `now`; None when there is nothing left to learn.
+    generation: Generation,
+    pace: Pace,
+    plan: Plan | None,
+    *,
+    now: int,
+    spread: float,
+    scarcity: float = 1.0,
+    heard: Update | None = None,
+    error: ProviderError | None = None,
+) -> Ask:
+    """When to ask again after an ask at `now`.
 
-    `generation` is as it stands after that ask. `spread` in [0, 1) adds up to a tenth, so that jobs
-    begun together do not stay together. Never later than the deadline.
+    `generation` is as it stands after that ask, which brought `heard` or `error`. `plan` is None while nobody
+    knows how long such jobs take; `scarcity`, at least 1, makes asks that much rarer. `spread` in [0, 1)
+    makes a pause up to a twentieth shorter or longer, so that jobs begun together do not stay together, but
+    never shorter than the documented one. Never later than the deadline, never None before it.
     """
     if generation.status in FINAL:
-        return None
+        return Ask(None)
     if generation.status is Status.TIMED_OUT:
         due_at = now + max(LATE_PAUSE, pace.interval, _told_to_wait(error))
-        return due_at if due_at <= generation.deadline_at + LATE_WATCH else None
+        return Ask(due_at if due_at <= generation.deadline_at + LATE_WATCH else None)
     if generation.job_id is None and generation.claimed_job_id is None:
-        return generation.deadline_at
-    pause = _pause(generation, pace, now=now, error=error)
-    return min(now + round(pause * (1 + 0.1 * spread)), max(now, generation.deadline_at))
+        return Ask(generation.deadline_at)
+    age = max(0, now - generation.started_at)
+    if heard is not None and heard.elapsed_ms is not None:
+        age = heard.elapsed_ms
+    pause = _pause(generation, pace, plan, age=age, scarcity=scarcity, heard=heard, error=error)
+    pause = max(pace.interval, _told_to_wait(error), pause * (0.95 + 0.1 * spread))
+    due_at = min(now + round(pause), max(now, generation.deadline_at))
+    return Ask(due_at, _rate(plan, age, pause))
 
 
 def _told_to_wait(error: ProviderError | None) -> int:
     return min(error.retry_after or 0, LONGEST_RETRY_AFTER) if error is not None else 0
 
 
-def _pause(generation: Generation, pace: Pace, *, now: int, error: ProviderError | None) -> int:
+def _pause(
+    generation: Generation,
+    pace: Pace,
+    plan: Plan | None,
+    *,
+    age: int,
+    scarcity: float,
+    heard: Update | None,
+    error: ProviderError | None,
+) -> float:
     if error is not None:
-        backoff = min(pace.interval << min(generation.errors, 16), LONGEST_BACKOFF)
-        return max(pace.interval, backoff, _told_to_wait(error))
+        backoff = min(pace.interval << min(generation.errors, 16), max(pace.interval, LONGEST_BACKOFF))
+        return backoff
     if generation.missing:
-        return pace.interval * MISSING_PAUSES[min(generation.missing, len(MISSING_PAUSES)) - 1]
+        return max(pace.interval, MISSING_PAUSES[min(generation.missing, len(MISSING_PAUSES)) - 1])
     if generation.hint_asks:
         return AFTER_CALLBACK[min(generation.hint_asks, len(AFTER_CALLBACK)) - 1]
     if generation.awaits_callback:
         return max(pace.backstop, pace.interval)
-    age = now - generation.created_at
-    return max(pace.interval, min(age // 10, LONGEST_PAUSE))
+    if plan is None:
+        return scarcity * max(pace.interval, min(age * UNKNOWN_SHARE, LONGEST_PAUSE))
+    pause = plan.next_look(age, _price(plan, scarcity)) - age
+    if age > plan.median:
+        pause = min(pause, scarcity * max(LONGEST_PAUSE, plan.median / 4))
+    return _hinted(pause, heard, age)
+
+
+def _hinted(pause: float, update: Update | None, age: int) -> float:
+    """The pause, as the provider's own word of what is left suggests: half of that, within HINT_REACH."""
+    left = _left(update, age)
+    if left is None:
+        return pause
+    return min(max(left / 2, pause / HINT_REACH), pause * HINT_REACH)
+
+
+def _left(update: Update | None, age: int) -> float | None:
+    """How much longer the provider says the job takes; None when it says nothing one can go by."""
+    if update is None:
+        return None
+    if update.remaining_ms is not None:
+        return update.remaining_ms
+    if update.progress is not None and 0.05 <= update.progress <= 1:
+        return age * (1 - update.progress) / update.progress
+    return None
+
+
+def _price(plan: Plan, scarcity: float) -> float:
+    # Requests go with one over the square root of their price.
+    return PRICE * plan.median * scarcity**2
+
+
+def _rate(plan: Plan | None, age: float, pause: float) -> float:
+    """How likely the job ends until it is asked about next, per millisecond."""
+    if plan is None or pause <= 0:
+        return max(LEAST_RATE, 1 / (age + pause + 1))
+    ended = min(plan.ended_since(age, age + pause), 0.999)
+    return max(LEAST_RATE, -math.log(1 - ended) / pause)

@@ -48,6 +48,7 @@ class Provider(ABC):
     base_url: ClassVar[str]  # with the API's version prefix
     pace: ClassVar[Pace]
     requests_per_minute: ClassVar[int | None] = None
+    requests_per_day: ClassVar[int | None] = None
     calls_back: ClassVar[bool] = False
 
     @abstractmethod
@@ -88,6 +89,7 @@ class Account:
     base_url: str
     pace: Pace
     requests_per_minute: int | None = None
+    requests_per_day: int | None = None
 
     def __repr__(self) -> str:
         return f"Account({self.name!r}, {self.provider.name!r})"

@@ -16,7 +16,7 @@ class Luma(Provider):
 
     name = "luma"
     base_url = "https://agents.lumalabs.ai/v1"
-    pace = Pace(first=6_000, interval=4_000, timeout=30 * 60_000)
+    pace = Pace(interval=1_000, timeout=30 * 60_000, typical=(20_000, 1.0))
 
     def path(self, job_id: str) -> str:
         return f"/generations/{job_id}"

@@ -16,7 +16,7 @@ class Pictory(Provider):
 
     name = "pictory"
     base_url = "https://api.pictory.ai/pictoryapis/v1"
-    pace = Pace(first=10_000, interval=12_000, timeout=30 * 60_000, backstop=60_000)
+    pace = Pace(interval=10_000, timeout=30 * 60_000, typical=(45_000, 1.0))
     calls_back = True
 
     def path(self, job_id: str) -> str:

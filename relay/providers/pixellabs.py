@@ -14,8 +14,9 @@ class PixelLabs(Provider):
 
     name = "pixellabs"
     base_url = "https://api.pixellabsai.app/v1"
-    pace = Pace(first=6_000, interval=4_000, timeout=15 * 60_000)
+    pace = Pace(interval=1_000, timeout=15 * 60_000, typical=(13_000, 0.6))
     requests_per_minute = 60
+    requests_per_day = 1_000
 
     def path(self, job_id: str) -> str:
         return f"/generate/{job_id}"
@@ -36,8 +37,17 @@ class PixelLabs(Provider):
             error=_problem(answer) if status is Status.FAILED else None,
             created_at=parse_rfc3339(answer.get("createdAt")),
             completed_at=parse_rfc3339(answer.get("completedAt")),
+            remaining_ms=_remaining(answer, now),
             raw=answer,
         )
+
+
+def _remaining(answer: Mapping[str, Any], now: int) -> int | None:
+    """`estimatedTime` is in seconds, from the beginning."""
+    estimated, created_at = number(answer.get("estimatedTime")), parse_rfc3339(answer.get("createdAt"))
+    if estimated is None or created_at is None:
+        return None
+    return max(0, round(created_at + estimated * 1000 - now))
 
 
 def _problem(answer: Mapping[str, Any]) -> Problem:

@@ -14,7 +14,7 @@ class Vivix(Provider):
 
     name = "vivix"
     base_url = "https://vivix-atelier.vercel.app/api/v1"
-    pace = Pace(first=6_000, interval=4_000, timeout=30 * 60_000)
+    pace = Pace(interval=1_000, timeout=30 * 60_000, typical=(15_000, 1.0))
 
     def path(self, job_id: str) -> str:
         return f"/generations/{job_id}"
@@ -38,6 +38,7 @@ class Vivix(Provider):
             created_at=parse_rfc3339(answer.get("created_at")),
             completed_at=parse_rfc3339(answer.get("completed_at")),
             duration_ms=whole(answer.get("duration_ms")),
+            elapsed_ms=whole(answer.get("elapsed_ms")),
             raw=answer,
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relay.errors import ConfigError
+from relay.store.accounts import Accounts
 from relay.store.database import Database
 from relay.store.deliveries import Deliveries
 from relay.store.endpoints import Endpoints
@@ -29,6 +30,7 @@ class Store:
     events: Events
     deliveries: Deliveries
     tenants: Tenants
+    accounts: Accounts
     retention: Retention
 
 
@@ -47,5 +49,6 @@ def store_on(database: Database) -> Store:
         events=Events(database),
         deliveries=Deliveries(database),
         tenants=Tenants(database),
+        accounts=Accounts(database),
         retention=Retention(database),
     )

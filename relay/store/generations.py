@@ -14,6 +14,8 @@ from relay.store.filters import where
 from relay.store.idempotency import Idempotency, created_before, remember
 
 _UPDATE = TypeAdapter(Update)
+# Of what is due in an account, so many that have been due longest are compared.
+CONSIDERED = 500
 _FINAL = ", ".join(f"'{status}'" for status in sorted(FINAL))
 
 
@@ -106,6 +108,19 @@ class Generations:
                 metadata=json.dumps(metadata),
             )
 
+    async def ended(self, account: str, *, limit: int) -> Sequence[Generation]:
+        """The last ones of an account that ended, the first of them first."""
+        async with self._db.read(browse=True) as tx:
+            rows = await tx.fetch(
+                """
+                SELECT * FROM generations WHERE account = :account AND known_at IS NOT NULL
+                ORDER BY known_at DESC LIMIT :limit
+                """,
+                account=account,
+                limit=limit,
+            )
+        return [_read(row) for row in reversed(rows)]
+
     async def name_job(self, generation: Generation, job_id: str, *, due_at: int | None) -> None:
         """Ties a generation to the job it watches, and says when to ask about it.
 
@@ -175,7 +190,8 @@ class Generations:
     async def claim(
         self, wanted: Mapping[str, int], *, now: int, lease: str, lease_until: int
     ) -> Sequence[Generation]:
-        """Takes what is due, up to so many of each account; a crash gives it back at `lease_until`."""
+        """Takes what is due, up to so many of each account, the likeliest to have ended first (of those that
+        have been due longest); a crash gives it back at `lease_until`."""
         rows = [
             {"account": account, "limit": limit, "now": now, "lease": lease, "lease_until": lease_until}
             for account, limit in wanted.items()
@@ -185,9 +201,12 @@ class Generations:
         async with self._db.write() as tx:
             await tx.execute_many(
                 f"""
-                WITH due AS (
-                    SELECT id FROM generations WHERE account = :account AND due_at <= :now
-                    ORDER BY due_at LIMIT :limit {self._db.skip_locked}
+                WITH waiting AS (
+                    SELECT id, rate, COALESCE(asked_at, created_at) AS seen_at FROM generations
+                    WHERE account = :account AND due_at <= :now
+                    ORDER BY due_at LIMIT {CONSIDERED} {self._db.skip_locked}
+                ), due AS (
+                    SELECT id FROM waiting ORDER BY rate * (:now - seen_at) DESC, id LIMIT :limit
                 )
                 UPDATE generations SET due_at = :lease_until, lease = :lease
                 FROM due WHERE generations.id = due.id
@@ -206,15 +225,16 @@ class Generations:
         return [_read(row) for row in found]
 
     async def claim_overdue(
-        self, *, now: int, limit: int, lease: str, lease_until: int
+        self, *, now: int, limit: int, lease: str, lease_until: int, spared: Sequence[str] = ()
     ) -> Sequence[Generation]:
-        """Takes up to `limit` open generations whose deadline has passed, of whichever account."""
+        """Takes up to `limit` open generations whose deadline has passed, of all accounts but the spared."""
         async with self._db.write() as tx:
             taken = await tx.execute(
                 f"""
                 WITH due AS (
                     SELECT id FROM generations
                     WHERE known_at IS NULL AND deadline_at <= :now AND due_at <= :now
+                        AND account NOT IN (:spared)
                     ORDER BY deadline_at LIMIT :limit {self._db.skip_locked}
                 )
                 UPDATE generations SET due_at = :lease_until, lease = :lease
@@ -222,6 +242,7 @@ class Generations:
                 """,
                 now=now,
                 limit=limit,
+                spared=[*spared, ""],
                 lease=lease,
                 lease_until=lease_until,
             )
@@ -266,10 +287,10 @@ class Generations:
 _CREATE = """
     INSERT INTO generations (
         id, tenant, account, provider, job_id, status, metadata, callback_url, awaits_callback,
-        late, created_at, deadline_at, due_at, asks, errors, missing, hints, version
+        late, created_at, deadline_at, due_at, rate, outage, asks, errors, missing, hints, version
     ) VALUES (
         :id, :tenant, :account, :provider, :job_id, :status, :metadata, :callback_url,
-        :awaits_callback, 0, :created_at, :deadline_at, :due_at, 0, 0, 0, 0, 0
+        :awaits_callback, 0, :created_at, :deadline_at, :due_at, :rate, 0, 0, 0, 0, 0, 0
     )
     ON CONFLICT (tenant, account, job_id) DO NOTHING
 """
@@ -289,6 +310,7 @@ def _values(new: Generation) -> dict[str, Any]:
         "created_at": new.created_at,
         "deadline_at": new.deadline_at,
         "due_at": new.due_at,
+        "rate": new.rate,
     }
 
 

@@ -13,7 +13,6 @@ from relay.errors import Conflict, FieldError, Invalid, NotFound
 from relay.event import Event
 from relay.generation import Generation, Status
 from relay.ids import new_id
-from relay.schedule import first_ask
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Publication
 from relay.store.generations import Watch
@@ -149,6 +148,12 @@ async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
     if body.timeout_seconds is not None:
         timeout = math.ceil(body.timeout_seconds * 1000)
     awaits_callback = body.job_id is None
+    first = relay.poller.first_ask(
+        account,
+        deadline_at=now + timeout,
+        job_known=body.job_id is not None,
+        awaits_callback=awaits_callback,
+    )
     generation = Generation(
         id=new_id("gen", now),
         tenant=call.tenant,
@@ -158,13 +163,8 @@ async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
         status=Status.QUEUED,
         created_at=now,
         deadline_at=now + timeout,
-        due_at=first_ask(
-            account.pace,
-            now=now,
-            deadline_at=now + timeout,
-            job_known=body.job_id is not None,
-            awaits_callback=awaits_callback,
-        ),
+        due_at=first.due_at,
+        rate=first.rate,
         metadata=body.metadata or {},
         callback_url=_url(relay, "callback_url", body.callback_url)
         if body.callback_url is not None
@@ -195,13 +195,12 @@ async def change_generation(call: Call[r.GenerationChange, None]) -> Result:
     if call.body.job_id is not None and call.body.job_id != generation.job_id:
         account, due_at = relay.accounts.get(generation.account), None
         if account is not None and not generation.ended:
-            due_at = first_ask(
-                account.pace,
-                now=relay.now(),
+            due_at = relay.poller.first_ask(
+                account,
                 deadline_at=generation.deadline_at,
                 job_known=True,
                 awaits_callback=generation.awaits_callback,
-            )
+            ).due_at
         await relay.store.generations.name_job(generation, call.body.job_id, due_at=due_at)
     if call.body.metadata is not None:
         await relay.store.generations.describe(call.tenant, generation.id, call.body.metadata)
@@ -392,14 +391,21 @@ def _delivery_fields(one: Delivery) -> dict[str, Any]:
 
 
 def _account(relay: Relay, name: str) -> r.AccountResource:
-    account, health = relay.accounts[name], relay.poller.health[name]
+    account, standing, now = relay.accounts[name], relay.poller.standings[name], relay.now()
+    health, budget = standing.health, standing.budget
+    wait = max(budget.wait(now), 0 if health.may_ask(now) else health.paused_until - now)
     return r.AccountResource(
         name=name,
         provider=account.provider.name,
-        status=health.status,
+        status=health.status.value,
         base_url=account.base_url,
         calls_back=account.provider.calls_back,
-        budget=r.BudgetResource(requests_per_minute=account.requests_per_minute),
+        budget=r.BudgetResource(
+            requests_per_minute=budget.per_minute,
+            requests_per_day=budget.per_day,
+            used_today=budget.used_today if now < budget.day_ends_at else 0,
+            next_request_at=rfc3339(now + wait) if wait else None,
+        ),
         last_error=health.last_error,
         last_error_at=rfc3339(health.last_error_at) if health.last_error_at is not None else None,
     )

@@ -370,6 +370,9 @@ class DeliveryWithAttempts(DeliveryResource):
 
 class BudgetResource(Resource):
     requests_per_minute: int | None
+    requests_per_day: int | None
+    used_today: int
+    next_request_at: Time | None = Field(description="When the next request may be made; null is now.")
 
 
 class AccountResource(Resource):

@@ -63,6 +63,9 @@ CREATE TABLE generations (
     due_at BIGINT,
     lease TEXT,
     asked_at BIGINT,
+    open_at BIGINT,
+    rate DOUBLE PRECISION NOT NULL,
+    outage BIGINT NOT NULL,
     asks BIGINT NOT NULL,
     errors BIGINT NOT NULL,
     missing BIGINT NOT NULL,
@@ -82,9 +85,17 @@ CREATE TABLE generations (
 );
 CREATE INDEX generations_due ON generations (account, due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX generations_overdue ON generations (deadline_at) WHERE known_at IS NULL;
+CREATE INDEX generations_ended ON generations (account, known_at) WHERE known_at IS NOT NULL;
 CREATE INDEX generations_by_status ON generations (status, id);
 CREATE INDEX generations_of_an_account ON generations (account, id);
 CREATE INDEX generations_of_a_job ON generations (job_id);
+
+CREATE TABLE accounts (
+    name TEXT PRIMARY KEY,
+    state TEXT NOT NULL,
+    drawn BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL
+);
 
 CREATE TABLE events (
     id TEXT PRIMARY KEY,

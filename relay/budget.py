@@ -1,0 +1,119 @@
+"""How many requests an account may make: its documented limits, and what the provider says of them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from relay.times import parse_retry_after
+
+MINUTE, DAY = 60_000, 86_400_000
+# Of an account without a limit, so many at once; also what a provider that hangs can hold.
+AT_ONCE = 32
+# So much of a limit is left to whoever else uses the credential.
+SPARED = 0.1
+FIRST_THROTTLE, LONGEST_THROTTLE = 5_000, 300_000
+LONGEST_TOLD = 3_600_000
+SCARCEST = 30.0
+# A reset that is given as a time, not as a number of seconds, is a larger number than this.
+_EPOCH_SECONDS = 1_000_000_000
+
+
+@dataclass(slots=True)
+class Budget:
+    """The requests of one account; all times are unix milliseconds, all limits may be None.
+
+    `per_minute` is spread evenly but for a burst of a tenth of it; `per_day` is spread over what is left of
+    the day once half of it is used. `scarcity` (1 is plenty) grows while more is due than may be asked.
+    """
+
+    per_minute: int | None = None
+    per_day: int | None = None
+    next_at: float = 0.0
+    day_ends_at: int = 0
+    used_today: int = 0
+    paused_until: int = 0
+    throttles: int = 0  # answers 429 in a row
+    scarcity: float = 1.0
+
+    def available(self, now: int) -> int:
+        """How many requests may be made at once now."""
+        if now < self.paused_until:
+            return 0
+        left = self._left_today(now)
+        pause = self._pause(now)
+        if not pause:
+            return min(AT_ONCE, left)
+        burst = self._burst(pause)
+        # Nothing is booked further ahead than one pause: what is, was booked before the clock was set back.
+        self.next_at = min(self.next_at, now + burst + pause)
+        return min(left, max(0, int((now + burst - max(self.next_at, now)) / pause + 1)))
+
+    def take(self, now: int) -> None:
+        """Books one request."""
+        if now >= self.day_ends_at:
+            self.day_ends_at, self.used_today = now + DAY, 0
+        self.used_today += 1
+        self.next_at = max(self.next_at, now) + self._pause(now)
+
+    def wait(self, now: int) -> int:
+        """Milliseconds until a request may be made."""
+        if self.available(now):
+            return 0
+        if now < self.paused_until:
+            return self.paused_until - now
+        if not self._left_today(now):
+            return self.day_ends_at - now
+        return max(1, math.ceil(self.next_at - now - self._burst(self._pause(now))))
+
+    def hear(self, status: int, headers: Mapping[str, str], now: int) -> None:
+        """What an answer says of the limits: 429, `Retry-After`, `X-RateLimit-*` (names in lower case)."""
+        told = min(parse_retry_after(headers.get("retry-after"), now) or 0, LONGEST_TOLD)
+        if status == 429:
+            if now >= self.paused_until:
+                self.throttles += 1
+            pause = min(FIRST_THROTTLE << min(self.throttles - 1, 16), LONGEST_THROTTLE)
+            told = told or pause
+        elif 200 <= status <= 299:
+            self.throttles = 0
+        if told:
+            self.paused_until = max(self.paused_until, now + told)
+        remaining, reset = _number(headers, "remaining"), _number(headers, "reset")
+        if remaining is not None and remaining < 1 and reset is not None:
+            until = reset * 1000 if reset > _EPOCH_SECONDS else now + reset * 1000
+            self.paused_until = max(self.paused_until, round(min(until, now + LONGEST_TOLD)))
+
+    def feel(self, *, short: bool) -> None:
+        """After each look at what is due: whether there was more than may be asked."""
+        self.scarcity = min(self.scarcity * 1.05, SCARCEST) if short else max(self.scarcity / 1.01, 1.0)
+
+    def kept(self) -> dict[str, Any]:
+        """What must survive a restart."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("per_")}
+
+    def resume(self, kept: Mapping[str, Any]) -> None:
+        """Goes on as it was when `kept` was written."""
+        for name in self.kept():
+            setattr(self, name, kept.get(name, getattr(self, name)))
+
+    def _left_today(self, now: int) -> int:
+        if self.per_day is None or now >= self.day_ends_at:
+            return AT_ONCE if self.per_day is None else self.per_day
+        return max(0, self.per_day - self.used_today)
+
+    def _pause(self, now: int) -> float:
+        pause = MINUTE / (self.per_minute * (1 - SPARED)) if self.per_minute else 0.0
+        if self.per_day is not None and now < self.day_ends_at and self.used_today * 2 > self.per_day:
+            pause = max(pause, (self.day_ends_at - now) / max(1, self.per_day - self.used_today))
+        return pause
+
+    def _burst(self, pause: float) -> float:
+        return pause * max(0.0, (self.per_minute or 0) * SPARED - 1)
+
+
+def _number(headers: Mapping[str, str], name: str) -> float | None:
+    try:
+        value = float(headers.get(f"x-ratelimit-{name}", ""))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value >= 0 else None

@@ -1,0 +1,80 @@
+"""How an account stands: what it may ask, how its provider is, and what its jobs have taught."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from relay.budget import AT_ONCE, Budget
+from relay.durations import Experience, Plan, Seen, log_normal
+from relay.generation import FINAL, Generation
+from relay.health import Health, Status
+from relay.schedule import Pace
+
+# With nothing to expect, so many ends must have been seen before anything is made of them.
+ENOUGH = 20
+_ANYTHING = (30_000, 2.0)
+# A provider's clock, and ours, may be wrong by so much.
+TOLERANCE = 5_000
+
+
+@dataclass(slots=True)
+class Standing:
+    """One account's requests, health and experience."""
+
+    pace: Pace
+    budget: Budget
+    health: Health = field(default_factory=Health)
+    under_way: int = 0
+    short: bool = False  # more was due than might be asked, at the last look
+    experience: Experience = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.experience = Experience(log_normal(*(self.pace.typical or _ANYTHING)))
+
+    def room(self, now: int) -> int:
+        """How many jobs may be asked about now: one at a time while the provider is only probed."""
+        if not self.health.may_ask(now):
+            return 0
+        most = AT_ONCE if self.health.status is Status.OK else 1
+        return max(0, min(most - self.under_way, self.budget.available(now)))
+
+    def plan(self, generation: Generation | None = None) -> Plan | None:
+        """What is known of how long a job takes; None when that is nothing."""
+        if self.pace.typical is None and self.experience.count < ENOUGH:
+            return None
+        return self.experience.plan(_model(generation) if generation is not None else None)
+
+    def learn(self, generation: Generation) -> None:
+        """From a generation that has ended at the provider."""
+        seen = how_long(generation)
+        if seen is not None:
+            self.experience.learn(_model(generation), seen)
+
+    def kept(self) -> dict[str, Any]:
+        """What must survive a restart; the experience is learned anew from the generations."""
+        return {"budget": self.budget.kept(), "health": self.health.kept()}
+
+    def resume(self, kept: Mapping[str, Any]) -> None:
+        self.budget.resume(kept.get("budget", {}))
+        self.health = Health.resumed(kept.get("health", {}))
+
+
+def how_long(generation: Generation) -> Seen | None:
+    """How long an ended job took: as its provider says, where that can be, else between two asks."""
+    update, known_at, start = generation.update, generation.known_at, generation.started_at
+    if generation.status not in FINAL or update is None or known_at is None:
+        return None
+    low = max(0, (generation.open_at or generation.created_at) - start)
+    high = known_at - start
+    told = update.duration_ms
+    if told is None and update.completed_at is not None and update.created_at is not None:
+        told = update.completed_at - update.created_at
+    if told is not None and low - TOLERANCE <= told <= high + TOLERANCE and told > 0:
+        return Seen(told, told)
+    # What ended while nobody asked for a long time tells little.
+    return Seen(low, high) if high > 0 and low < high <= 4 * max(low, 1_000) else None
+
+
+def _model(generation: Generation) -> str | None:
+    update = generation.update
+    return (update.model or update.kind) if update is not None else None
