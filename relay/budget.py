@@ -14,7 +14,9 @@ AT_ONCE = 32
 SPARED = 0.1
 FIRST_THROTTLE, LONGEST_THROTTLE = 5_000, 300_000
 LONGEST_TOLD = 3_600_000
-SCARCEST = 30.0
+SCARCEST = 4.0
+# In the first tenth of a day nobody can tell whether its requests will last.
+EARLY = 0.1
 # A reset that is given as a time, not as a number of seconds, is a larger number than this.
 _EPOCH_SECONDS = 1_000_000_000
 
@@ -24,7 +26,7 @@ class Budget:
     """The requests of one account; all times are unix milliseconds, all limits may be None.
 
     `per_minute` is spread evenly but for a burst of a tenth of it; `per_day` is spread over what is left of
-    the day once half of it is used. `scarcity` (1 is plenty) grows while more is due than may be asked.
+    the day once half of it is used.
     """
 
     per_minute: int | None = None
@@ -34,7 +36,6 @@ class Budget:
     used_today: int = 0
     paused_until: int = 0
     throttles: int = 0  # answers 429 in a row
-    scarcity: float = 1.0
 
     def available(self, now: int) -> int:
         """How many requests may be made at once now."""
@@ -83,9 +84,12 @@ class Budget:
             until = reset * 1000 if reset > _EPOCH_SECONDS else now + reset * 1000
             self.paused_until = max(self.paused_until, round(min(until, now + LONGEST_TOLD)))
 
-    def feel(self, *, short: bool) -> None:
-        """After each look at what is due: whether there was more than may be asked."""
-        self.scarcity = min(self.scarcity * 1.05, SCARCEST) if short else max(self.scarcity / 1.01, 1.0)
+    def scarcity(self, now: int) -> float:
+        """How much rarer asks should be for the day's requests to last: 1 is not at all."""
+        if self.per_day is None or now >= self.day_ends_at:
+            return 1.0
+        passed = max(1 - (self.day_ends_at - now) / DAY, EARLY)
+        return min(max(self.used_today / self.per_day / passed, 1.0), SCARCEST)
 
     def kept(self) -> dict[str, Any]:
         """What must survive a restart."""

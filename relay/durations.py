@@ -150,12 +150,9 @@ def _bin(duration: float) -> int:
 
 
 def _smoothed(counts: Sequence[float], total: float) -> list[float]:
-    """Spread by a Gaussian over neighbouring bins, wider the fewer observations there are. Half of
-    Silverman's width: durations of several kinds have several peaks."""
-    sums = list(accumulate(counts))
-    quarter, three_quarters = (bisect_right(sums, share * total) for share in (0.25, 0.75))
-    spread = (three_quarters - quarter + 1) / 1.34
-    width = max(0.7, 0.45 * spread * total**-0.2)
+    """Spread by a Gaussian over neighbouring bins, wider the fewer observations there are (after Silverman,
+    but by the spread of the highest peak: jobs of several kinds have several)."""
+    width = max(0.7, 0.6 * _spread(counts, total) * total**-0.2)
     reach = math.ceil(3 * width)
     kernel = [math.exp(-0.5 * (k / width) ** 2) for k in range(-reach, reach + 1)]
     norm = sum(kernel)
@@ -165,6 +162,17 @@ def _smoothed(counts: Sequence[float], total: float) -> list[float]:
             for place, share in enumerate(kernel, k - reach):
                 smooth[min(max(place, 0), len(counts) - 1)] += count * share / norm
     return smooth
+
+
+def _spread(counts: Sequence[float], total: float) -> float:
+    """The standard deviation, in bins, of a normal distribution whose densest quarter is as narrow."""
+    sums, first, narrowest = [0.0, *accumulate(counts)], 0, len(counts)
+    for last in range(1, len(sums)):
+        while sums[last] - sums[first + 1] >= total / 4:
+            first += 1
+        if sums[last] - sums[first] >= total / 4:
+            narrowest = min(narrowest, last - first)
+    return narrowest / 0.637
 
 
 def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:

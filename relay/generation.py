@@ -139,7 +139,8 @@ class Generation:
     learned_by: LearnedBy | None = None
     asked_at: int | None = None
     open_at: int | None = None  # when the provider last said that it had not ended
-    rate: float = 0.0  # how likely it ends, as expected when it was last asked about, per millisecond
+    chance: float = 0.0  # how likely it has ended at due_at (a cumulative hazard)
+    rate: float = 0.0  # by how much that grows each millisecond after
     outage: int = 0  # how much of its deadline is owed to outages, milliseconds
     asks: int = 0
     errors: int = 0  # asks in a row that brought no answer

@@ -99,7 +99,6 @@ class Poller:
             for name, standing in self.standings.items():
                 if rooms[name] > 0:
                     standing.short = got[name] >= rooms[name]
-                standing.budget.feel(short=standing.short)
             if now >= self._kept_at + KEPT_EVERY or now < self._kept_at:
                 self._kept_at = now
                 await self._keep()
@@ -297,6 +296,7 @@ class Poller:
                 lease=generation.lease or "",
                 at=now,
                 due_at=ask.due_at,
+                chance=ask.chance,
                 rate=ask.rate,
                 open_at=now if update is not None and update.status not in ENDINGS else None,
                 deadline_at=generation.deadline_at,
@@ -330,7 +330,7 @@ class Poller:
             standing.plan(generation),
             now=now,
             spread=_spread(),
-            scarcity=standing.budget.scarcity,
+            scarcity=standing.budget.scarcity(now),
             heard=heard,
             error=error,
         )

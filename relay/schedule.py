@@ -49,9 +49,11 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """When to ask, None for never, and how likely the job ends meanwhile, in ends per millisecond."""
+    """When to ask, None for never; how likely the job has ended by then (as a cumulative hazard: 0.7 is
+    evens), and by how much that grows with each millisecond after."""
 
     due_at: int | None
+    chance: float = 0.0
     rate: float = LEAST_RATE
 
 
@@ -68,6 +70,7 @@ class Asked:
     lease: str
     at: int
     due_at: int | None
+    chance: float
     rate: float
     open_at: int | None
     deadline_at: int
@@ -99,7 +102,7 @@ def first_ask(
     if awaits_callback:
         return Ask(min(now + pace.backstop, deadline_at))
     pause = max(pace.interval, plan.next_look(0, _price(plan, 1.0)) if plan is not None else 0)
-    return Ask(min(now + round(pause), deadline_at), _rate(plan, 0, pause))
+    return _likely(plan, min(now + round(pause), deadline_at), 0, pause)
 
 
 def next_ask(
@@ -133,7 +136,7 @@ def next_ask(
     pause = _pause(generation, pace, plan, age=age, scarcity=scarcity, heard=heard, error=error)
     pause = max(pace.interval, _told_to_wait(error), pause * (0.95 + 0.1 * spread))
     due_at = min(now + round(pause), max(now, generation.deadline_at))
-    return Ask(due_at, _rate(plan, age, pause))
+    return _likely(plan, due_at, age, pause)
 
 
 def _told_to_wait(error: ProviderError | None) -> int:
@@ -191,9 +194,15 @@ def _price(plan: Plan, scarcity: float) -> float:
     return PRICE * plan.median * scarcity**2
 
 
-def _rate(plan: Plan | None, age: float, pause: float) -> float:
-    """How likely the job ends until it is asked about next, per millisecond."""
-    if plan is None or pause <= 0:
-        return max(LEAST_RATE, 1 / (age + pause + 1))
-    ended = min(plan.ended_since(age, age + pause), 0.999)
-    return max(LEAST_RATE, -math.log(1 - ended) / pause)
+def _likely(plan: Plan | None, due_at: int, age: float, pause: float) -> Ask:
+    """An ask after a pause that begins at this age, with how likely it finds the end."""
+    if plan is None:
+        return Ask(due_at, pause / (age + pause + 1), 1 / (age + pause + 1))
+    then = age + pause
+    soon = max(pause, plan.median / 2)
+    chance, more = _hazard(plan, age, then), _hazard(plan, then, then + soon)
+    return Ask(due_at, chance, max(LEAST_RATE, more / soon))
+
+
+def _hazard(plan: Plan, age: float, later: float) -> float:
+    return -math.log(max(1 - plan.ended_since(age, later), 1e-6))

@@ -71,8 +71,7 @@ def how_long(generation: Generation) -> Seen | None:
         told = update.completed_at - update.created_at
     if told is not None and low - TOLERANCE <= told <= high + TOLERANCE and told > 0:
         return Seen(told, told)
-    # What ended while nobody asked for a long time tells little.
-    return Seen(low, high) if high > 0 and low < high <= 4 * max(low, 1_000) else None
+    return Seen(low, high) if low < high else None
 
 
 def _model(generation: Generation) -> str | None:

@@ -202,11 +202,11 @@ class Generations:
             await tx.execute_many(
                 f"""
                 WITH waiting AS (
-                    SELECT id, rate, COALESCE(asked_at, created_at) AS seen_at FROM generations
+                    SELECT id, chance + rate * (:now - due_at) AS likely FROM generations
                     WHERE account = :account AND due_at <= :now
                     ORDER BY due_at LIMIT {CONSIDERED} {self._db.skip_locked}
                 ), due AS (
-                    SELECT id FROM waiting ORDER BY rate * (:now - seen_at) DESC, id LIMIT :limit
+                    SELECT id FROM waiting ORDER BY likely DESC, id LIMIT :limit
                 )
                 UPDATE generations SET due_at = :lease_until, lease = :lease
                 FROM due WHERE generations.id = due.id
@@ -287,10 +287,10 @@ class Generations:
 _CREATE = """
     INSERT INTO generations (
         id, tenant, account, provider, job_id, status, metadata, callback_url, awaits_callback,
-        late, created_at, deadline_at, due_at, rate, outage, asks, errors, missing, hints, version
+        late, created_at, deadline_at, due_at, chance, rate, outage, asks, errors, missing, hints, version
     ) VALUES (
         :id, :tenant, :account, :provider, :job_id, :status, :metadata, :callback_url,
-        :awaits_callback, 0, :created_at, :deadline_at, :due_at, :rate, 0, 0, 0, 0, 0, 0
+        :awaits_callback, 0, :created_at, :deadline_at, :due_at, :chance, :rate, 0, 0, 0, 0, 0, 0
     )
     ON CONFLICT (tenant, account, job_id) DO NOTHING
 """
@@ -310,6 +310,7 @@ def _values(new: Generation) -> dict[str, Any]:
         "created_at": new.created_at,
         "deadline_at": new.deadline_at,
         "due_at": new.due_at,
+        "chance": new.chance,
         "rate": new.rate,
     }
 

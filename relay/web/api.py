@@ -164,6 +164,7 @@ async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
         created_at=now,
         deadline_at=now + timeout,
         due_at=first.due_at,
+        chance=first.chance,
         rate=first.rate,
         metadata=body.metadata or {},
         callback_url=_url(relay, "callback_url", body.callback_url)

@@ -64,6 +64,7 @@ CREATE TABLE generations (
     lease TEXT,
     asked_at BIGINT,
     open_at BIGINT,
+    chance DOUBLE PRECISION NOT NULL,
     rate DOUBLE PRECISION NOT NULL,
     outage BIGINT NOT NULL,
     asks BIGINT NOT NULL,
