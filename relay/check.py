@@ -10,11 +10,11 @@ from relay.app import wall_clock
 from relay.asker import Asker
 from relay.body import parse
 from relay.config import Settings, accounts
-from relay.errors import ConfigError, DatabaseInUse, Malformed, ProviderError
+from relay.errors import ConfigError, DatabaseInUse, Malformed, ProviderError, StoreError
 from relay.guard import Guard
 from relay.providers import Account
 from relay.signature import TOLERANCE
-from relay.store import open_database
+from relay.store import open_database, store_on
 from relay.store.migrate import pending
 
 SHORTEST_SECRET = 32
@@ -43,6 +43,7 @@ async def check(settings: Settings) -> AsyncIterator[Finding]:
     try:
         for account in accounts(settings).values():
             yield await _account(asker, account)
+            await _draw(settings.database, account.name)
     finally:
         await asker.close()
     yield _clock(asker.skew)
@@ -112,6 +113,22 @@ async def _account(asker: Asker, account: Account) -> Finding:
         message = f"{account.base_url} answers {reply.status}: it may be wrong, the credential was not tried"
         return Finding(subject, "warning", message)
     return Finding(subject, "ok", f"{account.provider.name} takes this api_key")
+
+
+async def _draw(url: str, account: str) -> None:
+    """The request just made counts for the relay that uses this account, if there is one."""
+    if _missing_file(url) is not None:
+        return
+    try:
+        database = await open_database(url, alone=False)
+    except ConfigError:
+        return
+    try:
+        await store_on(database).accounts.draw(account, now=wall_clock())
+    except StoreError:
+        return  # it has not been migrated yet: nobody uses it
+    finally:
+        await database.close()
 
 
 def _clock(skew: int | None) -> Finding:

@@ -34,10 +34,13 @@ class Store:
     retention: Retention
 
 
-async def open_database(url: str) -> Database:
-    """The database that `database:` names. Raises ConfigError when it cannot be opened."""
+async def open_database(url: str, *, alone: bool = True) -> Database:
+    """The database that `database:` names; not `alone`, beside the relay that runs on it, for a word with it.
+
+    Raises ConfigError when it cannot be opened, DatabaseInUse when another relay runs on it.
+    """
     if url.startswith("sqlite:///"):
-        return await SQLite.open(Path(url.removeprefix("sqlite:///")))
+        return await SQLite.open(Path(url.removeprefix("sqlite:///")), alone=alone)
     raise ConfigError("database: write sqlite:///relay.db, or sqlite:////absolute/path/relay.db")
 
 

@@ -28,15 +28,16 @@ class SQLite:
 
     skip_locked = ""  # there is only ever one writer
 
-    def __init__(self, connections: Sequence[aiosqlite.Connection], lock: IO[str]) -> None:
+    def __init__(self, connections: Sequence[aiosqlite.Connection], lock: IO[str] | None) -> None:
         self._writer, self._reader, self._browser = connections
         self._connections, self._lock = connections, lock
         self._locks = {connection: asyncio.Lock() for connection in connections}
 
     @classmethod
-    async def open(cls, path: Path) -> Self:
-        """Creates the file when it is not there. Raises ConfigError when it cannot be had."""
-        lock = _lock(path)
+    async def open(cls, path: Path, *, alone: bool = True) -> Self:
+        """Creates the file when it is not there. Raises ConfigError when it cannot be had, and DatabaseInUse
+        when it is to be ours alone and is not."""
+        lock = _lock(path) if alone else None
         connections: list[aiosqlite.Connection] = []
         try:
             for settings in (_WRITES, _READS, _READS):
@@ -47,7 +48,8 @@ class SQLite:
             # Each has a thread of its own, which would keep the program from ending.
             for connection in connections:
                 await connection.close()
-            lock.close()
+            if lock is not None:
+                lock.close()
             raise ConfigError(f"database: {path} cannot be opened: {error}") from error
         return cls(connections, lock)
 
@@ -55,7 +57,8 @@ class SQLite:
         # The last one to close checkpoints: that must be the writer.
         for connection in reversed(self._connections):
             await connection.close()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     async def probe(self) -> None:
         async with self.write() as tx:
