@@ -5,7 +5,7 @@ BIN := .venv/bin
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check bench lock image clean
+.PHONY: help install demo test test-all check bench bench-polling lock image clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 12
@@ -29,6 +29,10 @@ check: .venv/.installed-dev  ## Lint, types and import rules
 
 bench: .venv/.installed-dev  ## Measure: how fast, how soon, how fair (about ten minutes)
 	$(BIN)/python -m bench.delivery --json bench/results.json
+
+bench-polling: .venv/.installed-dev  ## Measure: how soon an end is known, for how many requests (some minutes)
+	$(BIN)/python -m bench.polling --plot docs/polling.svg
+	$(BIN)/python -m bench.watched
 
 lock: .venv/.installed-dev  ## Write the lock files anew, with the newest versions
 	$(BIN)/uv pip compile -q --upgrade pyproject.toml --group build --group dev --universal \

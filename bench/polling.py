@@ -324,7 +324,7 @@ def show_plenty(results: Mapping[str, Mapping[str, Result]]) -> None:
                 f"{one.requests:.1f}",
                 f"{one.mean:.2f}",
                 f"{one.p95:.2f}",
-                *(f"{ratio:.2f} ×" for ratio in ratios),
+                *(f"{ratio:.2f} ×" if math.isfinite(ratio) else "–" for ratio in ratios),
             )
         console.print(table)
 
@@ -348,7 +348,7 @@ def lag_against_requests(ways: Mapping[str, Result]) -> bytes:
     points = [ways[f"fixed {one} s"] for one in FIXED]
     chart.add("fixed interval", [(one.requests, one.mean) for one in points if one.requests < 15])
     chart.add("exponential", [(ways["exponential"].requests, ways["exponential"].mean)], stroke=False)
-    return bytes(chart.render())
+    return str(chart.render()).encode()
 
 
 def scarce(seed: int, rounds: int) -> dict[str, dict[str, Watching]]:
