@@ -97,7 +97,7 @@ async def watch(count: int, seconds: float) -> None:
     with tempfile.TemporaryDirectory() as directory:
         port = free_port()
         config = settings(directory, port, provider)
-        Path(directory, "config.yaml").write_text(json.dumps(config))
+        await asyncio.to_thread(Path(directory, "config.yaml").write_text, json.dumps(config))
         command = ("relay", "serve", "--config", f"{directory}/config.yaml")
         process = Process(*command, cwd=directory)
         await asyncio.to_thread(wait_until_ready, port)

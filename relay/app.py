@@ -16,6 +16,7 @@ from relay.callback import Callbacks
 from relay.config import Settings, accounts
 from relay.deliver import Deliverer
 from relay.guard import Guard
+from relay.health import Health
 from relay.ids import new_id
 from relay.ingest import Ingest
 from relay.poll import Poller
@@ -23,7 +24,6 @@ from relay.providers import Account
 from relay.prune import prune
 from relay.sender import Sender
 from relay.server import Server, bind, origin
-from relay.standing import Standing
 from relay.store import Store, open_database, store_on
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
@@ -159,10 +159,8 @@ def _assemble(
     )
     ingest = Ingest(store, handoff=deliverer.handoff, accept=deliverer.accept, now=now)
 
-    async def account_changed(account: Account, standing: Standing) -> None:
-        log.warning(
-            "account.changed", extra={"account": account.name, "status": standing.health.status.value}
-        )
+    async def account_changed(account: Account, health: Health) -> None:
+        log.warning("account.changed", extra={"account": account.name, "status": health.status.value})
 
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
         await store.generations.hint(hints, now=now())

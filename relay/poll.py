@@ -12,7 +12,7 @@ from relay.asker import Asker
 from relay.budget import Budget
 from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
 from relay.generation import ENDINGS, OPEN, Code, Generation, LearnedBy, Update
-from relay.health import Status
+from relay.health import Health, Status
 from relay.providers import Account
 from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask
 from relay.standing import Standing
@@ -40,7 +40,7 @@ class Poller:
         accounts: Mapping[str, Account],
         *,
         record: Callable[[Report], Coroutine[None, None, Generation | None]],
-        changed: Callable[[Account, Standing], Coroutine[None, None, None]],
+        changed: Callable[[Account, Health], Coroutine[None, None, None]],
         now: Callable[[], int],
     ) -> None:
         self._store, self._asker, self._accounts = store, asker, accounts
@@ -193,20 +193,23 @@ class Poller:
 
     async def _look(self, account: Account, job_id: str) -> Update:
         """Asks, and notes how the account is; the request is already booked."""
-        standing, error = self.standings[account.name], None
+        standing = self.standings[account.name]
         try:
             reply = await self._asker.fetch(account, job_id)
             standing.budget.hear(reply.status, reply.headers, self._now())
-            return self._asker.read(account, reply)
-        except ProviderError as problem:
-            error = problem
+            update = self._asker.read(account, reply)
+        except ProviderError as error:
+            self._note(account, standing, error)
             raise
-        finally:
-            before = standing.health.status
-            standing.health = standing.health.after(error, now=self._now(), spread=_spread())
-            self._news.add(account.name)
-            if (before is Status.OK) is not (standing.health.status is Status.OK):
-                self._spawn(self._changed(account, standing))
+        self._note(account, standing, None)
+        return update
+
+    def _note(self, account: Account, standing: Standing, error: ProviderError | None) -> None:
+        before = standing.health.status
+        standing.health = standing.health.after(error, now=self._now(), spread=_spread())
+        self._news.add(account.name)
+        if (before is Status.OK) is not (standing.health.status is Status.OK):
+            self._spawn(self._changed(account, standing.health))
 
     async def _ask(
         self, generation: Generation, learned_by: LearnedBy, *, asks: bool = True
@@ -340,9 +343,14 @@ class Poller:
             for _ in range(count if name in self.standings else 0):
                 self.standings[name].budget.take(self._now())
         names, self._news = self._news, set()
-        if names:
+        if not names:
+            return
+        try:
             states = {name: self.standings[name].kept() for name in names}
             await self._store.accounts.keep(states, now=self._now())
+        except StoreError:
+            self._news |= names
+            raise
 
 
 def _check(budget: Budget, now: int) -> None:
