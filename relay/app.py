@@ -154,7 +154,13 @@ def _assemble(
         endpoint_concurrency=settings.delivery.endpoint_concurrency,
         now=now,
     )
-    ingest = Ingest(store, handoff=deliverer.handoff, accept=deliverer.accept, now=now)
+    ingest = Ingest(
+        store,
+        handoff=deliverer.handoff,
+        accept=deliverer.accept,
+        progress_interval=settings.delivery.progress_interval,
+        now=now,
+    )
 
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
         await store.generations.hint(hints, now=now())
