@@ -378,8 +378,20 @@ async def test_news_of_what_has_moved_meanwhile_are_not_stored(store: Store):
         await store.events.record([change], [], NOTHING_HANDED_OVER, now=NOW)
     stored = await by_type(store, read)
     assert {one.id for one in stored.values()} == {one.id for one in changes[0].events}
+    assert (stored[PROCESSING].announces, stored[PROGRESS].announces) == ("processing", None)
     [row] = await store.generations.get_many([read.id])
     assert (row.version, row.progress_told, row.progress_at) == (1, 0.1, NOW)
+
+
+async def test_what_another_tenant_asks_for_is_not_stored(store: Store):
+    await registered(store, event_types=ALL, tenant="another")
+    ours = await stored_generation(store)
+    theirs = await stored_generation(store, "job-2", tenant="another")
+    ingest = ingest_of(store, Time())
+    await asyncio.gather(*(ingest.record(report(one, running(0.1))) for one in (ours, theirs)))  # one write
+    page = await store.events.page("another", {}, limit=10, cursor=None)
+    assert {(one.type, one.generation_id) for one in page} == {(PROCESSING, theirs.id), (PROGRESS, theirs.id)}
+    assert await by_type(store, ours) == {}
 
 
 async def test_who_waits_for_the_end_is_not_answered_before(store: Store):
@@ -486,6 +498,7 @@ async def test_what_happens_to_an_account_is_told_to_those_who_want_it_of_this_a
     await registered(store, event_types=both, accounts=["vivix"])
     await registered(store)
     await registered(store, event_types=both, tenant="another")
+    await registered(store, event_types=ALL)
     now, taken = Time(), list[Claimed]()
     failing = event.account_failing(TENANT, "luma", "luma", "unauthorized: no such key", now=NOW)
     recovered = event.account_recovered(TENANT, "luma", "luma", now=NOW)
