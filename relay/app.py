@@ -157,7 +157,13 @@ def _assemble(
         endpoint_concurrency=settings.delivery.endpoint_concurrency,
         now=now,
     )
-    ingest = Ingest(store, handoff=deliverer.handoff, accept=deliverer.accept, now=now)
+    ingest = Ingest(
+        store,
+        handoff=deliverer.handoff,
+        accept=deliverer.accept,
+        progress_interval=settings.delivery.progress_interval,
+        now=now,
+    )
 
     async def account_changed(account: Account, health: Health) -> None:
         log.warning("account.changed", extra={"account": account.name, "status": health.status.value})

@@ -68,6 +68,7 @@ class DeliverySettings(_Section):
     )
     endpoint_concurrency: int = Field(default=8, ge=1, le=1000)
     concurrency: int = Field(default=256, ge=1, le=10_000)
+    progress_interval: Duration = 10_000
 
 
 class NetworkSettings(_Section):

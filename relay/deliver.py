@@ -400,8 +400,7 @@ class Deliverer:
             return Answer(now, 0, code=Code.INTERNAL, message="Relay could not make this attempt")
 
     async def _log_and_settle(self, one: Claimed, answer: Answer, news: bool | None) -> None:
-        # A test is for somebody who looks at it now: it is not tried again for days.
-        schedule = () if one.event_type == event.TEST else self._schedule
+        schedule = () if one.event_type in event.TRIED_ONCE else self._schedule
         outcome = settle(
             one, answer, schedule=schedule, now=self._now(), spread=_spread(), endpoint_is_well=news
         )

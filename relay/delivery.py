@@ -4,7 +4,7 @@ pending ──claim──► sending ──2xx──────────► 
    ▲                  ├──retry later──► pending
    │                  └──refused / attempts exhausted──► failed
    ├── replay ── delivered | failed | canceled
-pending | sending ── endpoint disabled or deleted ──► canceled
+pending | sending ── endpoint disabled or deleted, or the event outdated ──► canceled
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ class Status(StrEnum):
     SENDING = "sending"  # claimed; due again when the lease runs out
     DELIVERED = "delivered"  # the endpoint answered 2xx
     FAILED = "failed"  # the endpoint refused, or the attempts ran out
-    CANCELED = "canceled"  # the endpoint was disabled or deleted
+    CANCELED = "canceled"  # the endpoint was disabled or deleted, or a newer event took its event's place
 
 
 MOVES: Mapping[Status, frozenset[Status]] = {

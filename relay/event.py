@@ -1,7 +1,7 @@
 """An event is the immutable fact that is announced; its id is the `webhook-id`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,16 +17,27 @@ ENDINGS = {
     Status.CANCELED: "generation.canceled",
     Status.TIMED_OUT: "generation.timed_out",
 }
+PROCESSING = "generation.processing"
+PROGRESS = "generation.progress"
+UNKNOWN_STATUS = "generation.unknown_status"
 TEST = "endpoint.test"
 DISABLED = "endpoint.disabled"
+FAILING = "account.failing"
+RECOVERED = "account.recovered"
+# True for a moment only: nothing of them is kept unless somebody wants it, and a newer one of the same
+# generation, or its ending, takes their place.
+FLEETING = (PROCESSING, PROGRESS)
+# Not tried again for days: a newer one comes instead, or somebody looks at it now.
+TRIED_ONCE = frozenset({*FLEETING, TEST})
 # What only Relay says: nobody else may announce these.
 RESERVED = ("generation.", "endpoint.", "account.")
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`body` is what is signed, sent and stored, byte for byte. `ending` is the generation's status that
-    this event announces, `source_id` its publisher's own name for it: the database takes each only once."""
+    """`body` is what is signed, sent and stored, byte for byte. `announces` is what a generation is said to
+    be only once (a status, or `unknown_status`), `source_id` its publisher's own name for the event: the
+    database takes each only once."""
 
     id: str
     tenant: str
@@ -35,24 +46,58 @@ class Event:
     created_at: int
     generation_id: str | None = None
     account: str | None = None
-    ending: str | None = None
+    announces: str | None = None
     source_id: str | None = None
+
+
+def news(before: Generation, after: Generation, *, now: int, progress_interval: int) -> Sequence[Event]:
+    """What is to be announced of a generation that was as `before` and is as `after`: its ending, which
+    leaves nothing else to say, or what is new while it runs."""
+    if after.ended:
+        return [ending(after, now=now)] if after.status is not before.status else []
+    events = []
+    if after.status is Status.PROCESSING and before.status is not Status.PROCESSING:
+        events.append(_running(PROCESSING, after, now=now, announces=after.status.value))
+    if _says_an_unknown_word(before, after):
+        events.append(_running(UNKNOWN_STATUS, after, now=now, announces="unknown_status"))
+    # What came too soon after the last one is told later, also when the provider says nothing new then.
+    may_tell = after is not before or after.progress_at is not None
+    if may_tell and after.has_progress_to_tell(now=now, interval=progress_interval):
+        events.append(_running(PROGRESS, after, now=now))
+    return events
 
 
 def ending(generation: Generation, *, now: int) -> Event:
     """The announcement of a generation that has just ended."""
-    type_ = ENDINGS[generation.status]
     data = describe(generation)
+    return _of(
+        ENDINGS[generation.status], generation, data, data["completed_at"], now, generation.status.value
+    )
+
+
+def _running(type_: str, generation: Generation, *, now: int, announces: str | None = None) -> Event:
+    return _of(type_, generation, describe(generation), rfc3339(now), now, announces)
+
+
+def _of(
+    type_: str, generation: Generation, data: Mapping[str, Any], at: str, now: int, announces: str | None
+) -> Event:
     return Event(
         id=new_id("evt", now),
         tenant=generation.tenant,
         type=type_,
-        body=envelope(type_, data["completed_at"], data),
+        body=envelope(type_, at, data),
         created_at=now,
         generation_id=generation.id,
         account=generation.account,
-        ending=generation.status.value,
+        announces=announces,
     )
+
+
+def _says_an_unknown_word(before: Generation, after: Generation) -> bool:
+    said = before.update.provider_status if before.update is not None else None
+    update = after.update
+    return update is not None and update.status is None and update.provider_status != said
 
 
 def test(tenant: str, endpoint_id: str, *, now: int) -> Event:
@@ -65,6 +110,23 @@ def disabled(tenant: str, endpoint_id: str, url: str, reason: str, *, now: int) 
     """What the other endpoints of a tenant may hear when Relay gives one up."""
     data = {"endpoint_id": endpoint_id, "url": url, "reason": reason, "disabled_at": rfc3339(now)}
     return Event(new_id("evt", now), tenant, DISABLED, envelope(DISABLED, rfc3339(now), data), now)
+
+
+def account_failing(tenant: str, account_name: str, provider_name: str, reason: str, *, now: int) -> Event:
+    """What those who ask for it hear when an account's provider has stopped answering Relay."""
+    return _of_account(FAILING, tenant, account_name, provider_name, {"reason": reason}, now)
+
+
+def account_recovered(tenant: str, account_name: str, provider_name: str, *, now: int) -> Event:
+    """And when it answers again."""
+    return _of_account(RECOVERED, tenant, account_name, provider_name, {"status": "ok"}, now)
+
+
+def _of_account(
+    type_: str, tenant: str, account: str, provider: str, said: Mapping[str, str], now: int
+) -> Event:
+    data = {"account": account, "provider": provider, **said, "since": rfc3339(now)}
+    return Event(new_id("evt", now), tenant, type_, envelope(type_, rfc3339(now), data), now, account=account)
 
 
 def published(tenant: str, type_: str, data: Mapping[str, Any], source_id: str | None, *, now: int) -> Event:

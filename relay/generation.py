@@ -148,6 +148,8 @@ class Generation:
     hint_asks: int | None = None  # asks since the last callback; None when there is no open hint
     hints: int = 0  # callbacks so far
     last_error: str | None = None
+    progress_told: float | None = None  # what was last announced of its progress
+    progress_at: int | None = None  # and when
     lease: str | None = None
     version: int = 0
 
@@ -198,6 +200,13 @@ class Generation:
             update.progress,
             update.model,
         )
+
+    def has_progress_to_tell(self, *, now: int, interval: int) -> bool:
+        """Whether its progress is another than the one that was last announced, `interval` ago or more."""
+        progress = self.update.progress if self.update is not None else None
+        if self.ended or progress is None or progress == (self.progress_told or 0.0):
+            return False
+        return self.progress_at is None or now >= self.progress_at + interval
 
     def timed_out(self) -> Update:
         """The update that the deadline makes: nothing is claimed about the job but that it is late."""

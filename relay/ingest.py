@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from relay.batch import Batch
 from relay.delivery import Claimed
 from relay.errors import Refused
-from relay.event import Event, ending
+from relay.event import ENDINGS, UNKNOWN_STATUS, Event, news
 from relay.generation import Generation
 from relay.schedule import Report
 from relay.store import Store
@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class Ingest:
-    """Records reports. `handoff` says how many fresh deliveries may be handed over, `accept` takes them."""
+    """Records reports. `handoff` says how many fresh deliveries may be handed over, `accept` takes them.
+    Progress is announced every `progress_interval` milliseconds at most."""
 
     def __init__(
         self,
@@ -25,9 +26,11 @@ class Ingest:
         *,
         handoff: Callable[[], Handoff],
         accept: Callable[[Sequence[Claimed]], None],
+        progress_interval: int,
         now: Callable[[], int],
     ) -> None:
         self._store, self._handoff, self._accept, self._now = store, handoff, accept, now
+        self._progress_interval = progress_interval
         self._batch: Batch[Report, Generation | None] = Batch(self._write)
         self._published: Batch[Publication, Sequence[Event] | Refused] = Batch(self._publish)
         self._waiting: dict[str, set[asyncio.Event]] = {}
@@ -44,6 +47,10 @@ class Ingest:
         if isinstance(result, Refused):
             raise result
         return result
+
+    async def announce(self, events: Sequence[Event]) -> None:
+        """Makes events of Relay's own known to the endpoints that want them, durably, all or none."""
+        self._accept(await self._store.events.announce(events, self._handoff(), now=self._now()))
 
     def stop_waiting(self) -> None:
         """Whoever waits for an end is answered now."""
@@ -84,9 +91,8 @@ class Ingest:
     async def _write(self, reports: Sequence[Report]) -> Sequence[Generation | None]:
         now = self._now()
         ids = sorted({report.generation_id for report in reports})
-        current = {one.id: one for one in await self._store.generations.get_many(ids)}
-        events: dict[str, Event] = {}
-        changed: set[str] = set()
+        known = {one.id: one for one in await self._store.generations.get_many(ids)}
+        current = dict(known)
         moves: list[tuple[Generation, Generation]] = []
         asked = []
         for report in reports:
@@ -98,20 +104,30 @@ class Ingest:
                 after = generation.after(report.update, now=now, learned_by=report.learned_by)
             if after is not None:
                 moves.append((generation, after))
-                changed.add(after.id)
                 current[after.id] = generation = after
-                if after.ended:
-                    events[after.id] = ending(after, now=now)
             asked.append(report.asked(generation))
-        changes = [Change(current[id_], events.get(id_)) for id_ in sorted(changed)]
+        changes = [
+            Change(after, events)
+            for id_, after in sorted(current.items())
+            if (events := self._news(known[id_], after, now)) or after is not known[id_]
+        ]
         fresh, claimed = await self._store.events.record(changes, asked, self._handoff(), now=now)
         self._accept(claimed)
         for before, after in moves:
             _log(before, after)
         for event in fresh:
-            for bell in self._waiting.get(event.generation_id or "", ()):
-                bell.set()
+            if event.type == UNKNOWN_STATUS:
+                _warn(current[event.generation_id or ""])
+            if event.type in ENDINGS.values():
+                self._ring(event.generation_id or "")
         return [current.get(report.generation_id) for report in reports]
+
+    def _news(self, before: Generation, after: Generation, now: int) -> Sequence[Event]:
+        return news(before, after, now=now, progress_interval=self._progress_interval)
+
+    def _ring(self, generation_id: str) -> None:
+        for bell in self._waiting.get(generation_id, ()):
+            bell.set()
 
 
 def _log(before: Generation, after: Generation) -> None:
@@ -127,14 +143,14 @@ def _log(before: Generation, after: Generation) -> None:
                 "learned_by": after.learned_by,
             },
         )
-    said = before.update.provider_status if before.update is not None else None
-    update = after.update
-    if update is not None and update.status is None and update.provider_status != said:
-        log.warning(
-            "generation.unknown_status",
-            extra={
-                "generation": after.id,
-                "account": after.account,
-                "provider_status": update.provider_status,
-            },
-        )
+
+
+def _warn(generation: Generation) -> None:
+    log.warning(
+        UNKNOWN_STATUS,
+        extra={
+            "generation": generation.id,
+            "account": generation.account,
+            "provider_status": generation.update.provider_status if generation.update else None,
+        },
+    )

@@ -92,7 +92,7 @@ def test_an_error_has_the_contract_s_four_fields():
 def test_every_ending_has_its_own_type_and_is_announced_once(status):
     announced = event.ending(replace(DONE, status=status), now=NOW)
     assert announced.type == json.loads(announced.body)["type"] == f"generation.{status.value}"
-    assert (announced.generation_id, announced.ending) == (DONE.id, status.value)
+    assert (announced.generation_id, announced.announces) == (DONE.id, status.value)
     assert (announced.tenant, announced.account, announced.created_at) == ("t", "pixellabs", NOW)
     assert re.fullmatch(r"evt_[0-9A-HJKMNP-TV-Z]{26}", announced.id)
 

@@ -11,7 +11,7 @@ from relay.errors import Conflict, NotFound
 from relay.ids import new_id
 from relay.store.database import Database, Row, Transaction
 from relay.store.endpoints import disable
-from relay.store.events import Handoff, fan_out, insert
+from relay.store.events import Handoff, fan_out, insert, listed
 from relay.store.filters import where
 
 FAILING_LONG = 5 * 86_400_000
@@ -68,7 +68,7 @@ class Deliveries:
         self, wanted: Mapping[str, int], *, now: int, lease: str, lease_until: int, most_bytes: int = 2**62
     ) -> Sequence[Claimed]:
         """Takes what is due, up to so many of each destination and about so many bytes in all; a crash gives
-        it back at `lease_until`."""
+        it back at `lease_until`. What a newer event has taken the place of is canceled instead."""
         rows = [
             {"destination": one, "limit": limit, "now": now, "lease": lease, "lease_until": lease_until}
             for one, limit in wanted.items()
@@ -77,6 +77,7 @@ class Deliveries:
             return []
         async with self._db.write() as tx:
             await tx.execute_many(_CLAIM.format(skip_locked=self._db.skip_locked), rows)
+            await tx.execute_many(_CANCEL_OUTDATED, rows)
             sizes = await tx.fetch(_SIZES, destinations=list(wanted), lease=lease, lease_until=lease_until)
             total, surplus = 0, []
             for row in sizes:
@@ -250,6 +251,18 @@ _CLAIM = """
     )
     UPDATE deliveries SET status = 'sending', due_at = :lease_until, lease = :lease
     FROM due WHERE deliveries.id = due.id
+"""
+# A delivery that was in somebody's hands when the newer event was recorded, and was given back.
+_CANCEL_OUTDATED = f"""
+    UPDATE deliveries SET status = 'canceled', due_at = NULL, lease = NULL, updated_at = :now
+    WHERE destination = :destination AND due_at = :lease_until AND lease = :lease
+        AND next_trigger = 'scheduled' AND EXISTS (
+            SELECT 1 FROM events e JOIN events newer ON newer.generation_id = e.generation_id
+            WHERE e.id = deliveries.event_id AND e.type IN ({listed(event.FLEETING)}) AND (
+                newer.type IN ({listed(event.ENDINGS.values())})
+                OR (newer.type IN ({listed(event.FLEETING)}) AND newer.created_at > e.created_at)
+            )
+        )
 """
 _SIZES = """
     SELECT d.id, LENGTH(e.body) AS size FROM deliveries d JOIN events e ON e.id = d.event_id

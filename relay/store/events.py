@@ -1,13 +1,13 @@
 """Events at rest: the one transaction in which a generation moves, is announced and fans out."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from relay.delivery import Claimed, Status, Trigger, destination
 from relay.endpoint import Endpoint
 from relay.errors import Conflict, Refused
-from relay.event import Event
+from relay.event import ENDINGS, FLEETING, PROGRESS, Event
 from relay.generation import FINAL, Generation
 from relay.ids import new_id
 from relay.schedule import Asked
@@ -20,10 +20,10 @@ from relay.store.idempotency import Idempotency, created_before, remember
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A generation as it stands after an update, and the event that says so when it ended."""
+    """A generation as it stands after an update, and the events that say what is new."""
 
     after: Generation
-    event: Event | None
+    events: Sequence[Event]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +53,19 @@ class Events:
     async def record(
         self, changes: Sequence[Change], asked: Sequence[Asked], handoff: Handoff, *, now: int
     ) -> tuple[Sequence[Event], Sequence[Claimed]]:
-        """Moves generations, announces their ends, fans the events out, and reschedules what was asked.
+        """Moves generations, announces what is new, fans the events out, and reschedules what was asked.
 
         Returns the events that are new and the deliveries that are handed over. A change whose generation
-        has moved since it was read (`version`) changes nothing and announces nothing.
+        has moved since it was read (`version`) changes nothing and announces nothing. Fleeting events that
+        no endpoint wants are left out; those that are pending are canceled by newer ones and by the ending.
         """
         async with self._db.write() as tx:
+            changes = await _heard(tx, changes)
             await tx.execute_many(_MOVE, [_move(change) for change in changes])
             await tx.execute_many(_ASKED, [asdict(one) for one in asked])
-            events = [change.event for change in changes if change.event is not None]
-            fresh = await self._insert(tx, events)
-            callbacks = {change.after.id: change.after.callback_url for change in changes}
+            fresh = await self._insert(tx, changes)
+            await _cancel_older(tx, fresh, now=now)
+            callbacks = {one.after.id: one.after.callback_url for one in changes if one.after.ended}
             claimed = await fan_out(tx, fresh, handoff, callbacks=callbacks, now=now)
         return fresh, claimed
 
@@ -92,6 +94,12 @@ class Events:
                 results.append(events)
                 claimed = [*claimed, *more]
         return results, claimed
+
+    async def announce(self, events: Sequence[Event], handoff: Handoff, *, now: int) -> Sequence[Claimed]:
+        """Stores new events of Relay's own and fans them out; the deliveries that are handed over."""
+        async with self._db.write() as tx:
+            await insert(tx, events)
+            return await fan_out(tx, events, handoff, now=now)
 
     async def _publish_once(
         self, tx: Transaction, one: Publication, idempotency: Idempotency, handoff: Handoff, *, now: int
@@ -162,17 +170,24 @@ class Events:
             )
         return [_read(row) for row in rows]
 
-    async def _insert(self, tx: Transaction, events: Sequence[Event]) -> Sequence[Event]:
+    async def _insert(self, tx: Transaction, changes: Sequence[Change]) -> Sequence[Event]:
         """Those of the events that are now stored: their generation did move, and had not been announced."""
+        events = [event for change in changes for event in change.events]
         if not events:
             return []
-        await tx.execute_many(_ANNOUNCE, [_values(event) for event in events])
+        rows = [{**_values(event), "mark": _mark(one)} for one in changes for event in one.events]
+        await tx.execute_many(_ANNOUNCE, rows)
         return await self._stored(tx, events)
 
     async def _stored(self, tx: Transaction, events: Sequence[Event]) -> Sequence[Event]:
         rows = await tx.fetch("SELECT id FROM events WHERE id IN (:ids)", ids=[event.id for event in events])
         stored = {row["id"] for row in rows}
         return [event for event in events if event.id in stored]
+
+
+def listed(types: Iterable[str]) -> str:
+    """Event types as SQL text."""
+    return ", ".join(f"'{type_}'" for type_ in types)
 
 
 async def insert(tx: Transaction, events: Sequence[Event]) -> None:
@@ -193,7 +208,7 @@ async def fan_out(
     if not events:
         return []
     tenants = sorted({event.tenant for event in events})
-    endpoints = {row["id"]: read_endpoint(row) for row in await tx.fetch(_LISTENING, tenants=tenants)}
+    endpoints = {one.id: one for one in await _listening(tx, tenants)}
     rows: list[dict[str, Any]] = []
     for event in events:
         for endpoint in endpoints.values():
@@ -209,9 +224,39 @@ async def fan_out(
     return _claimed(rows, {event.id: event for event in events}, endpoints, secrets, handoff, now=now)
 
 
+async def _listening(tx: Transaction, tenants: Sequence[str]) -> Sequence[Endpoint]:
+    return [read_endpoint(row) for row in await tx.fetch(_LISTENING, tenants=tenants)]
+
+
+async def _heard(tx: Transaction, changes: Sequence[Change]) -> Sequence[Change]:
+    """The changes without the fleeting events that no endpoint wants."""
+    fleeting = [event for one in changes for event in one.events if event.type in FLEETING]
+    if not fleeting:
+        return changes
+    endpoints = await _listening(tx, sorted({event.tenant for event in fleeting}))
+    unheard = {
+        event.id
+        for event in fleeting
+        if not any(one.tenant == event.tenant and one.wants(event) for one in endpoints)
+    }
+    return [
+        replace(one, events=[event for event in one.events if event.id not in unheard]) for one in changes
+    ]
+
+
+async def _cancel_older(tx: Transaction, events: Sequence[Event], *, now: int) -> None:
+    """Cancels what fleeting events and endings take the place of; they have no deliveries yet themselves."""
+    replaced = {event.generation_id for event in events if event.type in (*FLEETING, *ENDINGS.values())}
+    await tx.execute_many(
+        _CANCEL_FLEETING, [{"generation_id": one, "now": now} for one in sorted(map(str, replaced))]
+    )
+
+
 _MOVE = """
     UPDATE generations
     SET status = :status, answer = :answer, known_at = :known_at, late = :late, learned_by = :learned_by,
+        progress_told = COALESCE(:progress_told, progress_told),
+        progress_at = COALESCE(:progress_at, progress_at),
         event_id = :event_id, due_at = CASE WHEN :final = 1 THEN NULL ELSE due_at END,
         version = version + 1
     WHERE id = :id AND version = :version
@@ -231,14 +276,21 @@ _ASKED = """
     WHERE id = :generation_id AND lease = :lease
 """
 _ANNOUNCE = """
-    INSERT INTO events (id, tenant, type, generation_id, account, ending, body, created_at)
-    SELECT :id, :tenant, :type, :generation_id, :account, :ending, :body, :created_at
-    FROM generations WHERE generations.id = :generation_id AND generations.event_id = :id
+    INSERT INTO events (id, tenant, type, generation_id, account, announces, body, created_at)
+    SELECT :id, :tenant, :type, :generation_id, :account, :announces, :body, :created_at
+    FROM generations WHERE generations.id = :generation_id AND generations.event_id = :mark
     ON CONFLICT DO NOTHING
 """
+_CANCEL_FLEETING = f"""
+    UPDATE deliveries SET status = 'canceled', due_at = NULL, updated_at = :now
+    WHERE status = 'pending' AND event_id IN (
+        SELECT id FROM events
+        WHERE generation_id = :generation_id AND type IN ({listed(FLEETING)})
+    )
+"""
 _INSERT = """
-    INSERT INTO events (id, tenant, type, generation_id, account, ending, source_id, body, created_at)
-    VALUES (:id, :tenant, :type, :generation_id, :account, :ending, :source_id, :body, :created_at)
+    INSERT INTO events (id, tenant, type, generation_id, account, announces, source_id, body, created_at)
+    VALUES (:id, :tenant, :type, :generation_id, :account, :announces, :source_id, :body, :created_at)
 """
 _PUBLISH = _INSERT + " ON CONFLICT (tenant, source_id) DO NOTHING"
 _LISTENING = """
@@ -260,6 +312,7 @@ _DELIVER = """
 
 def _move(change: Change) -> dict[str, Any]:
     after = change.after
+    told = [event for event in change.events if event.type == PROGRESS]
     return {
         "id": after.id,
         "version": after.version,
@@ -268,9 +321,16 @@ def _move(change: Change) -> dict[str, Any]:
         "known_at": after.known_at,
         "late": int(after.late),
         "learned_by": after.learned_by,
-        "event_id": change.event.id if change.event else None,
+        "progress_told": after.update.progress if told and after.update else None,
+        "progress_at": told[0].created_at if told else None,
+        "event_id": _mark(change),
         "final": int(after.status in FINAL),
     }
+
+
+def _mark(change: Change) -> str | None:
+    """What a generation's row has of the change that moved it: the first of its events."""
+    return change.events[0].id if change.events else None
 
 
 def _delivery(
@@ -335,7 +395,7 @@ def _values(event: Event) -> dict[str, Any]:
         "type": event.type,
         "generation_id": event.generation_id,
         "account": event.account,
-        "ending": event.ending,
+        "announces": event.announces,
         "source_id": event.source_id,
         "body": event.body,
         "created_at": event.created_at,

@@ -7,7 +7,17 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from relay import __version__
-from relay.event import DISABLED, ENDINGS, TEST
+from relay.event import (
+    DISABLED,
+    ENDINGS,
+    FAILING,
+    PROCESSING,
+    PROGRESS,
+    RECOVERED,
+    TEST,
+    TRIED_ONCE,
+    UNKNOWN_STATUS,
+)
 from relay.web import resources as r
 from relay.web.operation import LARGEST_BODY, Operation
 
@@ -90,7 +100,11 @@ _SPOILED: Mapping[str, Mapping[str, Any]] = {
         },
     },
 }
-
+_RUNNING: Mapping[str, Mapping[str, Any]] = {
+    PROCESSING: {"provider_status": "processing", "progress": 0.0},
+    PROGRESS: {"provider_status": "processing", "progress": 0.42},
+    UNKNOWN_STATUS: {"provider_status": "hibernating", "progress": None},
+}
 _OPERATIONAL: Mapping[str, Mapping[str, str]] = {
     TEST: {"endpoint_id": "ep_01KKVHBCB0Q2VBV3N8S0WZ6T1D", "message": "This is a test."},
     DISABLED: {
@@ -98,6 +112,18 @@ _OPERATIONAL: Mapping[str, Mapping[str, str]] = {
         "url": "https://hooks.example.com/relay",
         "reason": "it answered 410 Gone",
         "disabled_at": "2026-03-16T14:30:12.000Z",
+    },
+    FAILING: {
+        "account": "luma",
+        "provider": "luma",
+        "reason": "unauthorized: the provider refused the key",
+        "since": "2026-03-16T14:30:12.000Z",
+    },
+    RECOVERED: {
+        "account": "luma",
+        "provider": "luma",
+        "status": "ok",
+        "since": "2026-03-16T14:30:12.000Z",
     },
 }
 
@@ -279,6 +305,17 @@ def _webhooks(names: Mapping[Any, Any]) -> dict[str, Any]:
             ended["outputs"] = []
         example = {"type": type_, "timestamp": _EXAMPLE["completed_at"], "data": ended}
         webhooks[type_] = _webhook(type_, names[(r.GenerationData, "serialization")], example)
+    for type_, said in _RUNNING.items():
+        running = {
+            **_EXAMPLE,
+            "status": "processing",
+            "outputs": [],
+            **dict.fromkeys(("completed_at", "duration_ms", "learned_by")),
+            **said,
+            "raw": {"generationId": _EXAMPLE["job_id"], "status": said["provider_status"]},
+        }
+        example = {"type": type_, "timestamp": "2026-03-16T14:30:06.000Z", "data": running}
+        webhooks[type_] = _webhook(type_, names[(r.GenerationData, "serialization")], example)
     for type_, data in _OPERATIONAL.items():
         example = {"type": type_, "timestamp": _EXAMPLE["completed_at"], "data": data}
         properties = {name: {"type": "string"} for name in data}
@@ -293,6 +330,7 @@ def _webhook(type_: str, data: Any, example: Any) -> dict[str, Any]:
         "webhook-timestamp": "Unix seconds of the attempt",
         "webhook-signature": "v1,<base64 HMAC-SHA256 of id.timestamp.body>, several separated by a space",
     }
+    otherwise = "anything else is final" if type_ in TRIED_ONCE else "anything else is retried"
     schema = {
         "type": "object",
         "required": ["type", "timestamp", "data"],
@@ -321,6 +359,6 @@ def _webhook(type_: str, data: Any, example: Any) -> dict[str, Any]:
                 "required": True,
                 "content": {"application/json": {"schema": schema, "example": example}},
             },
-            "responses": {"2XX": {"description": "Received; anything else is retried, 410 ends it"}},
+            "responses": {"2XX": {"description": f"Received; {otherwise}, 410 ends it"}},
         }
     }

@@ -73,6 +73,8 @@ CREATE TABLE generations (
     hint_asks BIGINT,
     hints BIGINT NOT NULL,
     last_error TEXT,
+    progress_told DOUBLE PRECISION,
+    progress_at BIGINT,
     version BIGINT NOT NULL,
     CONSTRAINT generation_status_is_known
         CHECK (status IN ('queued', 'processing', 'completed', 'failed', 'canceled', 'timed_out')),
@@ -104,11 +106,11 @@ CREATE TABLE events (
     type TEXT NOT NULL,
     generation_id TEXT,
     account TEXT,
-    ending TEXT,
+    announces TEXT,
     source_id TEXT,
     body BYTEA NOT NULL,
     created_at BIGINT NOT NULL,
-    CONSTRAINT each_ending_is_announced_once UNIQUE (generation_id, ending),
+    CONSTRAINT each_status_is_announced_once UNIQUE (generation_id, announces),
     CONSTRAINT a_publisher_names_an_event_once UNIQUE (source_id, tenant)
 );
 
