@@ -16,6 +16,7 @@ from relay.callback import Callbacks
 from relay.config import Settings, accounts
 from relay.deliver import Deliverer
 from relay.guard import Guard
+from relay.hints import Turns
 from relay.ids import new_id
 from relay.ingest import Ingest
 from relay.poll import Poller
@@ -156,8 +157,10 @@ def _assemble(
     )
     ingest = Ingest(store, handoff=deliverer.handoff, accept=deliverer.accept, now=now)
 
+    turns = {name: Turns(account.requests_per_minute) for name, account in configured.items()}
+
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
-        await store.generations.hint(hints, now=now())
+        await store.generations.hint(hints, turns=turns, now=now())
         return [None] * len(hints)
 
     return Relay(

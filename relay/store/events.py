@@ -9,6 +9,7 @@ from relay.endpoint import Endpoint
 from relay.errors import Conflict, Refused
 from relay.event import Event
 from relay.generation import FINAL, Generation
+from relay.hints import pause
 from relay.ids import new_id
 from relay.schedule import Asked
 from relay.store.database import Database, Row, Transaction
@@ -60,7 +61,7 @@ class Events:
         """
         async with self._db.write() as tx:
             await tx.execute_many(_MOVE, [_move(change) for change in changes])
-            await tx.execute_many(_ASKED, [asdict(one) for one in asked])
+            await tx.execute_many(_ASKED, [_asked(one) for one in asked])
             events = [change.event for change in changes if change.event is not None]
             fresh = await self._insert(tx, events)
             callbacks = {change.after.id: change.after.callback_url for change in changes}
@@ -220,10 +221,11 @@ _ASKED = """
     UPDATE generations
     SET due_at = CASE
             WHEN due_at IS NULL THEN NULL
-            WHEN hints > :hints THEN :at + 1000  -- a callback came meanwhile
+            -- a callback came meanwhile
+            WHEN hints > :hints AND (:due_at IS NULL OR :due_at > :hinted_at) THEN :hinted_at
             ELSE :due_at
         END,
-        hint_asks = CASE WHEN hints > :hints THEN 0 ELSE :hint_asks END,
+        hint_asks = CASE WHEN hints > :hints THEN COALESCE(:hint_asks, hint_asks) ELSE :hint_asks END,
         missing = CASE WHEN hints > :hints THEN 0 ELSE :missing END,
         lease = NULL, asked_at = :at, asks = asks + 1, errors = :errors, last_error = :last_error
     WHERE id = :generation_id AND lease = :lease
@@ -269,6 +271,10 @@ def _move(change: Change) -> dict[str, Any]:
         "event_id": change.event.id if change.event else None,
         "final": int(after.status in FINAL),
     }
+
+
+def _asked(one: Asked) -> dict[str, Any]:
+    return {**asdict(one), "hinted_at": one.at + pause(one.hints + 1)}
 
 
 def _delivery(
