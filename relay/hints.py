@@ -4,7 +4,6 @@ Whoever has a callback URL may call it for ever, so a generation's callbacks hav
 pauses, and those of one account share half of its requests. What comes too often is late, never lost.
 """
 
-from relay.generation import Generation
 from relay.schedule import AFTER_CALLBACK
 
 LONGEST_PAUSE = 60_000
@@ -45,15 +44,16 @@ def hint_asks(callbacks: int) -> int:
     return min(callbacks - 1, len(AFTER_CALLBACK))
 
 
-def ask_at(generation: Generation, turns: Turns | None, *, now: int) -> int | None:
-    """When to ask, now that another callback has come: never later than planned, and as planned while an
-    ask is under way. Takes a turn when that is sooner than planned; without `turns` there is no limit."""
-    planned = generation.due_at
-    if generation.lease is not None:
-        return planned
+def ask_at(
+    planned: int | None, asked_at: int | None, callbacks: int, turns: Turns | None, *, now: int
+) -> int | None:
+    """When to ask after the last of so many callbacks; never later than planned.
+
+    Takes a turn when that is sooner than planned; without `turns` there is no limit.
+    """
     at = now if turns is None else turns.first(now)
-    if generation.asked_at is not None:
-        at = max(at, generation.asked_at + pause(generation.hints + 1))
+    if asked_at is not None:
+        at = max(at, asked_at + pause(callbacks))
     if planned is not None and planned <= at:
         return planned
     if turns is not None:

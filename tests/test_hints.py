@@ -1,19 +1,12 @@
 """When a callback has its generation asked about."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.generation import Generation, Status
 from relay.hints import LONGEST_WAIT, Turns, ask_at, hint_asks, pause
 
 SECOND, MINUTE, NOW = 1_000, 60_000, 1_000_000_000
-WATCHED = Generation(
-    id="gen_1", tenant="t", account="a", provider="p", job_id="j", status=Status.PROCESSING,
-    created_at=NOW, deadline_at=NOW + 30 * MINUTE, due_at=NOW + 10 * MINUTE,
-)  # fmt: skip
 
 
 def taken(turns: Turns, *, now: int) -> int:
@@ -67,28 +60,33 @@ def test_each_callback_brings_fewer_quick_asks_than_the_one_before(callbacks, be
 
 
 @pytest.mark.parametrize(
-    ("fields", "at"),
+    ("planned", "asked_at", "callbacks", "at"),
     [
-        ({}, 0),
-        ({"due_at": None}, 0),
-        ({"hints": 100}, 0),  # never asked: it waits for nothing
-        ({"asked_at": NOW - 100}, 900),
-        ({"asked_at": NOW - 100, "hints": 2}, 9 * SECOND - 100),
-        ({"asked_at": NOW - 61 * SECOND, "hints": 100}, 0),
-        ({"asked_at": NOW, "hints": 2, "due_at": NOW + 5 * SECOND}, 5 * SECOND),  # planned sooner anyway
-        ({"due_at": NOW - 5}, -5),
-        ({"lease": "lease", "due_at": NOW + 7}, 7),
+        (600, None, 1, 0),
+        (None, None, 1, 0),
+        (600, None, 100, 0),  # never asked: it waits for nothing
+        (600, -0.1, 1, 0.9),
+        (600, -0.1, 3, 8.9),
+        (600, -61, 100, 0),
+        (5, 0, 3, 5),  # planned sooner anyway
+        (-5, None, 1, -5),
     ],
 )
-def test_a_callback_has_it_asked_after_its_pause_but_never_later_than_planned(fields, at):
-    assert ask_at(replace(WATCHED, **fields), None, now=NOW) == NOW + at
+def test_a_callback_has_it_asked_after_its_pause_but_never_later_than_planned(
+    planned, asked_at, callbacks, at
+):
+    assert ask_at(moment(planned), moment(asked_at), callbacks, None, now=NOW) == moment(at)
+
+
+def moment(seconds: float | None) -> int | None:
+    return NOW + round(seconds * SECOND) if seconds is not None else None
 
 
 def test_only_what_is_asked_sooner_because_of_a_callback_takes_a_turn():
     turns = Turns(2)
-    for fields in ({"lease": "lease"}, {"due_at": NOW}, {"asked_at": NOW, "due_at": NOW + SECOND}):
-        ask_at(replace(WATCHED, **fields), turns, now=NOW)
-    assert ask_at(WATCHED, turns, now=NOW) == NOW
-    assert ask_at(WATCHED, turns, now=NOW) == NOW + MINUTE
-    assert ask_at(replace(WATCHED, due_at=NOW + MINUTE), turns, now=NOW) == NOW + MINUTE
-    assert ask_at(WATCHED, turns, now=NOW) == NOW + 2 * MINUTE
+    for planned, asked_at in ((NOW, None), (NOW + SECOND, NOW)):
+        assert ask_at(planned, asked_at, 1, turns, now=NOW) == planned
+    assert ask_at(NOW + 9 * MINUTE, None, 1, turns, now=NOW) == NOW
+    assert ask_at(NOW + 9 * MINUTE, None, 1, turns, now=NOW) == NOW + MINUTE
+    assert ask_at(NOW + MINUTE, None, 1, turns, now=NOW) == NOW + MINUTE
+    assert ask_at(None, None, 1, turns, now=NOW) == NOW + 2 * MINUTE

@@ -771,10 +771,12 @@ async def test_hints_beyond_an_accounts_turns_are_late_and_not_lost(store: Store
     assert found == [NOW - DAY + place * 30 * SECOND for place in (0, 0, 1, 2, 3)]
 
 
-async def test_a_hint_that_changes_nothing_takes_no_turn(store: Store):
+async def test_a_hint_that_has_nothing_asked_sooner_takes_no_turn(store: Store):
     ended, nameless, other = await watched(store, "1"), await watched(store, None), await watched(store, "2")
     await announced(store, ended)
-    idle = [Hint(ended.id, None), Hint(nameless.id, None), Hint("gen_gone", None)]
+    await watched(store, "3", due_at=NOW)
+    [held] = await claimed_generations(store, now=NOW)
+    idle = [Hint(one, None) for one in (ended.id, nameless.id, held.id, "gen_gone")]
     await store.generations.hint([*idle, Hint(other.id, None)], turns={"luma": Turns(2)}, now=NOW - DAY)
     assert (await the(store, other)).due_at == NOW - DAY
 

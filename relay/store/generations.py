@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -162,23 +162,23 @@ class Generations:
         the callback knows."""
         async with self._db.write() as tx:
             ids = sorted({hint.generation_id for hint in hints})
-            rows = await tx.fetch(
-                f"SELECT * FROM generations WHERE id IN (:ids) AND status NOT IN ({_FINAL})", ids=ids
-            )
-            found = {row["id"]: _read(row) for row in rows}
+            found = {row["id"]: dict(row) for row in await tx.fetch(_HINTED, ids=ids)}
             heard = []
             for hint in hints:
                 one = found.get(hint.generation_id)
-                if one is None or (one.job_id is None and hint.job_id is None):
+                if one is None or (one["job_id"] is None and hint.job_id is None):
                     continue
-                due_at = ask_at(one, turns.get(one.account), now=now)
-                one = found[one.id] = replace(one, hints=one.hints + 1, due_at=due_at)
+                one["hints"] += 1
+                if one["lease"] is None:
+                    one["due_at"] = ask_at(
+                        one["due_at"], one["asked_at"], one["hints"], turns.get(one["account"]), now=now
+                    )
                 heard.append(
                     {
-                        "id": one.id,
+                        "id": hint.generation_id,
                         "job_id": hint.job_id,
-                        "due_at": due_at,
-                        "hint_asks": hint_asks(one.hints),
+                        "due_at": one["due_at"],
+                        "hint_asks": hint_asks(one["hints"]),
                     }
                 )
             await tx.execute_many(_HINT, heard)
@@ -297,6 +297,10 @@ _CREATE = """
     ON CONFLICT (tenant, account, job_id) DO NOTHING
 """
 
+_HINTED = f"""
+    SELECT id, account, job_id, due_at, asked_at, hints, lease FROM generations
+    WHERE id IN (:ids) AND status NOT IN ({_FINAL})
+"""
 _HINT = f"""
     UPDATE generations
     SET hints = hints + 1, hint_asks = COALESCE(hint_asks, :hint_asks),
