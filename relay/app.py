@@ -9,14 +9,15 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from starlette.applications import Starlette
 
-from relay import signature
+from relay import event, signature
 from relay.asker import Asker
 from relay.batch import Batch
 from relay.callback import Callbacks
 from relay.config import Settings, accounts
 from relay.deliver import Deliverer
 from relay.guard import Guard
-from relay.health import Health
+from relay.health import Health, Status
+from relay.hints import Turns
 from relay.ids import new_id
 from relay.ingest import Ingest
 from relay.poll import Poller
@@ -166,10 +167,19 @@ def _assemble(
     )
 
     async def account_changed(account: Account, health: Health) -> None:
-        log.warning("account.changed", extra={"account": account.name, "status": health.status.value})
+        said = {"account": account.name, "status": health.status.value, "error": health.last_error}
+        log.warning("account.changed", extra=said)
+        about = (DEFAULT, account.name, account.provider.name)
+        if health.status is Status.OK:
+            change = event.account_recovered(*about, now=now())
+        else:
+            change = event.account_failing(*about, health.last_error or "", now=now())
+        await ingest.announce([change])
+
+    turns = {name: Turns(account.requests_per_minute) for name, account in configured.items()}
 
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
-        await store.generations.hint(hints, now=now())
+        await store.generations.hint(hints, turns=turns, now=now())
         return [None] * len(hints)
 
     return Relay(

@@ -111,7 +111,7 @@ class Asker:
         return Reply(response.status_code, body, dict(response.headers))
 
     def _clean(self, value: Any, account: Account) -> Any:
-        return redact(value, [account.api_key], capability=self._capability)
+        return redact(value, [account.api_key, *account.webhook_secrets], capability=self._capability)
 
     def _compare_clocks(self, date: str | None) -> None:
         try:

@@ -56,7 +56,14 @@ def _configuration(settings: Settings) -> list[Finding]:
         found.append(Finding("secret_key", "warning", message))
     if not settings.accounts:
         found.append(Finding("accounts", "warning", "there are none: nothing can be watched"))
-    calling = [name for name, one in accounts(settings).items() if one.provider.calls_back]
+    configured = accounts(settings)
+    for name, one in configured.items():
+        if one.webhook_secrets and not one.provider.signs:
+            message = f"is of no use: {one.provider.name} does not sign its callbacks"
+            found.append(Finding(f"accounts.{name}.webhook_secret", "warning", message))
+    calling = [
+        name for name, one in configured.items() if one.provider.calls_back or one.takes_signed_callbacks
+    ]
     if calling and settings.public_url is None:
         message = f"is not set: {', '.join(calling)} cannot call {settings.origin} back, and will be polled"
         found.append(Finding("public_url", "warning", message))

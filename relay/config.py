@@ -44,6 +44,19 @@ def _duration(value: object) -> int:
 Duration = Annotated[int, BeforeValidator(_duration)]
 
 
+def _listed(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise ValueError("write one secret, or a list of them")
+    return [value] if isinstance(value, str) else value
+
+
+Secrets = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    Field(min_length=1, max_length=10),
+    BeforeValidator(_listed),
+]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,6 +64,7 @@ class _Section(BaseModel):
 class AccountSettings(_Section):
     provider: str
     api_key: str = Field(min_length=1, repr=False)
+    webhook_secret: Secrets | None = Field(default=None, repr=False)
     base_url: str | None = None
     timeout: Duration | None = None
     poll_interval: Duration | None = None
@@ -180,6 +194,7 @@ def _account(name: str, given: AccountSettings, settings: Settings) -> Account:
         pace=pace,
         requests_per_minute=given.requests_per_minute or provider.requests_per_minute,
         requests_per_day=given.requests_per_day or provider.requests_per_day,
+        webhook_secrets=given.webhook_secret or (),
     )
 
 

@@ -6,6 +6,7 @@
     ├─ Refused                  a request is refused: carries an HTTP status
     │  ├─ Malformed 400         not JSON at all, or not the protocol
     │  ├─ Unauthorized 401      no key or a wrong one
+    │  ├─ Unsigned 401          a callback without its provider's signature
     │  ├─ NotFound 404          unknown, or another tenant's
     │  ├─ Conflict 409          the state of the thing does not allow it
     │  ├─ TooLarge 413          over a limit
@@ -54,6 +55,11 @@ class Malformed(Refused):
 class Unauthorized(Refused):
     status = 401
     title = "No or bad key"
+
+
+class Unsigned(Refused):
+    status = 401
+    title = "No or bad signature"
 
 
 class NotFound(Refused):

@@ -145,7 +145,7 @@ class Generation:
     asks: int = 0
     errors: int = 0  # asks in a row that brought no answer
     missing: int = 0  # asks in a row that were answered "no such job"
-    hint_asks: int | None = None  # asks since the last callback; None when there is no open hint
+    hint_asks: int | None = None  # quick asks since a callback; None when there is no open hint
     hints: int = 0  # callbacks so far
     last_error: str | None = None
     progress_told: float | None = None  # what was last announced of its progress

@@ -15,6 +15,7 @@ the duration is over. What a caller wants to happen instead it says at submit, i
 
 import asyncio
 import hashlib
+import hmac
 import json
 import logging
 import math
@@ -66,6 +67,8 @@ DRIFT = 0.05  # seconds added to a callback's waiting: sleep and `now` are two c
 KEPT = 100_000  # jobs, and recorded requests; the oldest go first
 MAX_BODY = 1 << 20
 
+VIVIX_WEBHOOK_KEY = "vvx_webhook_simulator"
+
 HeaderText = Annotated[str, Field(pattern=r"^[ -~]{1,100}$")]
 
 
@@ -79,7 +82,9 @@ class Plan(BaseModel, extra="forbid", frozen=True):
     outputs: int | None = Field(default=None, ge=0, le=100)  # PixelLabs and Pictory give one, or none for 0
     owner: str | None = None  # another account, to which the job belongs
     status: str | None = None  # what to answer as the status while the job runs
-    callback: Literal["once", "twice", "never", "late", "early"] = "once"  # of Pictory; see LATE and EARLY
+    callback: Literal["once", "twice", "never", "late", "early"] = "once"  # see LATE and EARLY
+    webhook: str | None = Field(default=None, pattern=r"^https?://")  # of Vivix: its account's
+    webhook_secret: HeaderText = VIVIX_WEBHOOK_KEY  # with which Vivix signs that callback
     job_id: str | None = Field(default=None, pattern=r"^[\w-]{1,100}$")  # replaces a job that has this id
 
 
@@ -183,7 +188,7 @@ def vivix_answer(job: Job, phase: Phase, now: float) -> Json:
         message = job.plan.message or "Underlying model returned an error."
         answer |= {"error": job.plan.code or "PROVIDER_ERROR", "message": message, "credits_used": 0}
         return answer | {"completed_at": iso(job.ends_at)}
-    answer["model"] = job.request.get("model", "grok-imagine-image-quality")
+    answer["model"] = vivix_model(job)
     if phase != "completed":
         elapsed = round(1000 * (now - job.submitted_at))
         return answer | {"credits_estimate": VIVIX_CREDITS, "elapsed_ms": elapsed}
@@ -191,6 +196,28 @@ def vivix_answer(job: Job, phase: Phase, now: float) -> Json:
     urls = [f"https://pub-364da8d08c644542b169fbc7255349e7.r2.dev/{name}.jpg" for name in names]
     answer |= {"output_url": urls[0] if urls else None, "output_urls": urls, "credits_used": VIVIX_CREDITS}
     return answer | {"duration_ms": round(1000 * job.duration), "completed_at": iso(job.ends_at)}
+
+
+def vivix_callback(job: Job) -> tuple[bytes, dict[str, str]]:
+    """What Vivix sends to the webhook of an account, and its headers: not the names that its answers have."""
+    answer, failed = vivix_answer(job, job.plan.outcome, job.ends_at), job.plan.outcome == "failed"
+    content: Json = {"generation_id": job.id, "status": job.plan.outcome, "model": vivix_model(job)}
+    content |= {"output_url": answer.get("output_url"), "output_urls": answer.get("output_urls")}
+    content |= {"credits_charged": answer["credits_used"], "duration_ms": round(1000 * job.duration)}
+    content |= {"completed_at": iso(job.ends_at, "milliseconds")}
+    content |= {"error_code": answer["error"], "error_message": answer["message"]} if failed else {}
+    body = json.dumps(content).encode()
+    signature = hmac.digest(job.plan.webhook_secret.encode(), body, "sha256").hex()
+    return body, {
+        "User-Agent": "Vivix-Webhook/1.0",
+        "X-Vivix-Signature": f"sha256={signature}",
+        "X-Vivix-Event": f"generation.{job.plan.outcome}",
+        "X-Vivix-Delivery-Id": str(uuid.uuid4()),
+    }
+
+
+def vivix_model(job: Job) -> Any:
+    return job.request.get("model", "grok-imagine-image-quality")
 
 
 def pictory_answer(job: Job, phase: Phase, now: float) -> Json:
@@ -204,6 +231,12 @@ def pictory_answer(job: Job, phase: Phase, now: float) -> Json:
         data["error_code"] = job.plan.code or "IMAGE_GENERATION_FAILED"
         data["error_message"] = job.plan.message or "The image could not be generated."
     return {"job_id": job.id, "success": phase != "failed", "data": data}
+
+
+def pictory_callback(job: Job) -> tuple[bytes, dict[str, str]]:
+    """What Pictory sends to the webhook of a job, and its headers."""
+    body = json.dumps(pictory_answer(job, job.plan.outcome, job.ends_at)).encode()
+    return body, {"User-Agent": f"Pictory-Webhook-Simulator/{__version__}"}
 
 
 def luma_answer(job: Job, phase: Phase, now: float) -> Json:
@@ -306,9 +339,9 @@ def with_status(body: Json, word: str) -> Json:
     return body | {name: word for name in ("status", "state") if name in body}
 
 
-def iso(moment: float) -> str:
-    """RFC 3339 in whole seconds, as the providers write it."""
-    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def iso(moment: float, precision: str = "seconds") -> str:
+    """RFC 3339, in whole seconds unless told otherwise, as the providers write it."""
+    return datetime.fromtimestamp(moment, UTC).replace(tzinfo=None).isoformat(timespec=precision) + "Z"
 
 
 def digest(text: str) -> str:
@@ -390,8 +423,7 @@ class Simulator:
         self._minute: dict[str, tuple[int, int]] = {}  # provider → this minute, requests in it
         self._troubles: list[Trouble] = []
         self._callbacks: set[asyncio.Task[None]] = set()
-        agent = {"User-Agent": f"Pictory-Webhook-Simulator/{__version__}"}
-        self._client = httpx.AsyncClient(trust_env=False, timeout=10, headers=agent)
+        self._client = httpx.AsyncClient(trust_env=False, timeout=10)
         self.app = Starlette(
             routes=self._routes(), lifespan=self._lifespan, exception_handlers={ValidationError: invalid}
         )
@@ -404,8 +436,8 @@ class Simulator:
     def submit(self, provider: str, *, request: Mapping[str, Any] | None = None, **plan: Any) -> str:
         """Start a job and give its id. `plan` are the fields of `Plan`; `request` is the provider's own body.
 
-        Raises ValueError for a plan that does not fit. A Pictory job whose request has a `webhook` needs a
-        running event loop.
+        Raises ValueError for a plan that does not fit. A Pictory job whose request has a `webhook`, and a
+        Vivix job whose plan has one, needs a running event loop.
         """
         if provider not in APIS:
             raise ValueError(f"unknown provider {provider!r}")
@@ -427,18 +459,21 @@ class Simulator:
         self.jobs[api.name, job.id] = job
         if len(self.jobs) > KEPT:
             del self.jobs[next(iter(self.jobs))]
-        if api is PICTORY and request.get("webhook") and plan.callback != "never":
-            task = asyncio.create_task(self._call_back(job, request["webhook"]))
+        webhook = {"pictory": request.get("webhook"), "vivix": plan.webhook}.get(api.name)
+        if webhook and plan.callback != "never":
+            task = asyncio.create_task(self._call_back(job, webhook))
             self._callbacks.add(task)
             task.add_done_callback(self._callbacks.discard)
         return job
 
     async def _call_back(self, job: Job, url: str) -> None:
         await self._sleep(job.duration + DRIFT + (LATE if job.plan.callback == "late" else 0))
-        body = pictory_answer(job, job.plan.outcome, job.ends_at)
+        made = vivix_callback if job.provider == "vivix" else pictory_callback
         for _ in range(2 if job.plan.callback == "twice" else 1):
+            body, headers = made(job)
+            headers |= {"Content-Type": "application/json"}
             try:
-                status = (await self._client.post(url, json=body)).status_code
+                status = (await self._client.post(url, content=body, headers=headers)).status_code
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 status = None
                 log.warning("the callback of job %s failed: %r", job.id, error)

@@ -76,6 +76,16 @@ def write(directory: Path, document: object) -> None:
             },
             "accounts.a.base_url: must begin with https://",
         ),
+        *(
+            (
+                {
+                    "secret_key": "s",
+                    "accounts": {"a": {"provider": "vivix", "api_key": "k", "webhook_secret": secret}},
+                },
+                "accounts.a.webhook_secret",
+            )
+            for secret in ("", [], 5)
+        ),
     ],
 )
 async def test_a_wrong_configuration_is_refused_with_its_key_and_without_a_traceback(
@@ -104,13 +114,18 @@ async def test_check_tells_good_credentials_from_bad_ones(world: World) -> None:
     document = world.document()
     document["accounts"]["luma"]["api_key"] = "not-the-key"
     document["accounts"]["vivix"]["base_url"] = "http://127.0.0.1:1/v1"
+    document["accounts"]["luma"]["webhook_secret"] = "of-the-webhook"
+    document["accounts"]["vivix"]["webhook_secret"] = ["of-the-webhook"]
     write(world.directory, document)
     ended = await relay("check", cwd=world.directory)
     assert ended.code == 1
     lines = {line.split()[1].rstrip(":"): line.split()[0] for line in ended.out.splitlines()}
     assert lines["accounts.pixellabs"] == lines["accounts.pictory"] == "ok"
     assert lines["accounts.luma"] == lines["accounts.vivix"] == "failed"
+    assert lines["accounts.luma.webhook_secret"] == lines["public_url"] == "warning"
+    assert "accounts.vivix.webhook_secret" not in lines
     assert "not-the-key" not in ended.out + ended.err
+    assert "of-the-webhook" not in ended.out + ended.err
     del document["accounts"]["luma"], document["accounts"]["vivix"]
     write(world.directory, document)
     assert (await relay("check", cwd=world.directory)).code == 0

@@ -1,5 +1,6 @@
 """The OpenAPI document: valid, complete, and what a running relay really answers."""
 
+import hmac
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -142,7 +143,8 @@ class Walk:
 
 
 async def test_every_operation_answers_as_the_document_says(world: World) -> None:
-    relay = await world.relay()
+    accounts = world.document()["accounts"]
+    relay = await world.relay(accounts=accounts | {"vivix": {**accounts["vivix"], "webhook_secret": "s"}})
     document = await document_of(relay)
     walk = Walk(relay, document)
     key = {"idempotency-key": "k"}
@@ -155,6 +157,10 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     nameless, hook = made["id"], made["webhook_url"]
     await walk("POST", "/hooks/{account}/{token}", url=hook, json={})
     await walk("POST", "/hooks/{account}/{token}", url=hook + "x", json={})
+    signed = {"x-vivix-signature": f"sha256={hmac.digest(b's', b'{}', 'sha256').hex()}"}
+    await walk("POST", "/hooks/{account}", url="/hooks/vivix", content=b"{}", headers=signed)
+    await walk("POST", "/hooks/{account}", url="/hooks/vivix", content=b"{ }", headers=signed)
+    await walk("POST", "/hooks/{account}", url="/hooks/luma", content=b"{}", headers=signed)
     await walk("GET", "/v1/generations/{id}/wait", generation)
     delivery = (await walk("POST", "/v1/endpoints/{id}/test", endpoint))["id"]
     await relay.eventually(f"/v1/deliveries/{delivery}", lambda one: one["status"] == "delivered")

@@ -119,11 +119,36 @@ def test_an_account_never_shows_its_credential():
         ("pictory", {}, None),
         ("pictory", ["job_id"], None),
         ("pictory", None, None),
+        ("vivix", {"generation_id": "5b91a581", "status": "completed"}, "5b91a581"),
+        ("vivix", {"generation_id": 7}, None),
+        ("vivix", ["generation_id"], None),
         ("luma", {"id": "182bd5e5"}, None),
     ],
 )
 def test_a_callback_claims_a_job_only_where_the_provider_calls_back(name, callback, claimed):
     assert load(name).claimed_job(callback) == claimed
+
+
+SIGNED = b'{"generation_id": "5b91a581"}'
+# By another tool: printf '{"generation_id": "5b91a581"}' | openssl dgst -sha256 -hmac secret
+SIGNATURE = "sha256=f7224107c972aa7dba3bd1b940fbf9e5b93e62410d663f497520c4c49cef61f2"
+
+
+def test_a_vivix_callback_is_signed_over_its_bytes_with_one_of_the_secrets():
+    vivix, headers = load("vivix"), {"x-vivix-signature": SIGNATURE}
+    assert vivix.signed(headers, SIGNED, ["secret"])
+    assert vivix.signed(headers, SIGNED, ["another", "secret"])
+    assert not vivix.signed(headers, SIGNED, ["another"])
+    assert not vivix.signed(headers, SIGNED, [])
+    assert not vivix.signed(headers, SIGNED + b" ", ["secret"])
+    assert not vivix.signed({}, SIGNED, ["secret"])
+
+
+@pytest.mark.parametrize("name", sorted(set(PROVIDERS) - {"vivix"}))
+def test_nothing_is_taken_as_signed_by_a_provider_that_does_not_sign(name):
+    provider = load(name)
+    assert not provider.signs
+    assert not provider.signed({"x-vivix-signature": SIGNATURE}, SIGNED, ["secret"])
 
 
 # What providers could say at their oddest: their own field names with anything in them.

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
 import json
 import logging
 import socket
@@ -179,10 +181,12 @@ class Receiver:
 
     def __init__(self) -> None:
         self.received: asyncio.Queue[tuple[dict[str, str], dict[str, Any]]] = asyncio.Queue()
+        self.bodies: list[bytes] = []
         self.app = Starlette(routes=[Route("/hook", self._hook, methods=["POST"])])
         self.url = ""
 
     async def _hook(self, request: Request) -> Response:
+        self.bodies.append(await request.body())
         self.received.put_nowait((dict(request.headers), await request.json()))
         return Response(status_code=202)
 
@@ -679,6 +683,18 @@ async def word(client: Client, job_id: str) -> str:
     return str((await client.status("pictory", job_id)).json()["data"]["status"])
 
 
+VIVIX_CALLBACK = {
+    "generation_id": "019038b7-1234-7a92-b9f2-d4e8a91c6f08",
+    "status": "completed",
+    "model": "runware:101@1",
+    "output_url": "https://im.runware.ai/image/abc.png",
+    "output_urls": ["https://im.runware.ai/image/abc.png"],
+    "credits_charged": 12,
+    "duration_ms": 4321,
+    "completed_at": "2026-05-12T18:23:45.123Z",
+}
+
+
 async def callbacks_are_done(client: Client) -> None:
     await asyncio.wait_for(asyncio.gather(*client.simulator._callbacks), 10)
 
@@ -766,3 +782,39 @@ async def test_a_webhook_means_nothing_to_providers_that_do_not_call_back(
     for provider in ("pixellabs", "vivix", "luma"):
         assert (await client.submit(provider, {"webhook": receiver.url})).is_success
     assert client.clock.sleepers == []
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed"])
+async def test_a_vivix_callback_is_signed_and_has_the_fields_of_its_document(
+    client: Client, receiver: Receiver, outcome: str
+) -> None:
+    plan = {"duration": 10, "outcome": outcome, "webhook": receiver.url, "webhook_secret": "s3cret"}
+    job_id = (await client.submit("vivix", plan=plan)).json()["generation_id"]
+    client.clock.advance(10.1)
+    headers, body = await receiver.next()
+    assert (headers["user-agent"], headers["content-type"]) == ("Vivix-Webhook/1.0", "application/json")
+    assert headers["x-vivix-event"] == f"generation.{outcome}"
+    signed = hmac.new(b"s3cret", receiver.bodies[-1], hashlib.sha256).hexdigest()
+    assert headers["x-vivix-signature"] == f"sha256={signed}"
+    assert (body["generation_id"], body["status"]) == (job_id, outcome)
+    assert body["completed_at"] == "2026-03-16T14:30:10.000Z"
+    if outcome == "completed":
+        assert set(body) == set(VIVIX_CALLBACK)
+        assert {name: type(value) for name, value in body.items()} == {
+            name: type(value) for name, value in VIVIX_CALLBACK.items()
+        }
+    else:
+        assert set(body) == {*VIVIX_CALLBACK, "error_code", "error_message"}
+        assert (body["output_url"], body["output_urls"], body["credits_charged"]) == (None, None, 0)
+        assert body["error_code"] == "PROVIDER_ERROR"
+
+
+async def test_a_vivix_callback_that_comes_twice_has_another_delivery_id(
+    client: Client, receiver: Receiver
+) -> None:
+    await client.submit("vivix", plan={"duration": 10, "webhook": receiver.url, "callback": "twice"})
+    client.clock.advance(10.1)
+    (first, one), (second, other) = await receiver.next(), await receiver.next()
+    assert one == other
+    assert first["x-vivix-signature"] == second["x-vivix-signature"]
+    assert first["x-vivix-delivery-id"] != second["x-vivix-delivery-id"]

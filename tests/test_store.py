@@ -21,6 +21,7 @@ from relay.endpoint import Endpoint
 from relay.errors import ConfigError, Conflict, Invalid, NotFound, Refused, StoreError
 from relay.generation import Generation, LearnedBy, Output, Update
 from relay.generation import Status as Is
+from relay.hints import Turns
 from relay.ids import new_id
 from relay.prune import prune
 from relay.schedule import Asked
@@ -722,6 +723,72 @@ async def test_a_hint_makes_it_due_at_once_but_a_second_after_the_last_ask(store
     assert first is not None and second is not None
     assert (first.due_at, first.hint_asks) == (NOW + 1, 0)
     assert (second.due_at, second.hint_asks) == (NOW + SECOND, 0)
+
+
+async def test_hints_that_nobody_has_asked_because_of_yet_move_it_only_once(store: Store):
+    made = await watched(store)
+    await store.generations.hint([Hint(made.id, None)], now=NOW)
+    await store.generations.hint([Hint(made.id, None)] * 3, now=NOW + SECOND)
+    after = await the(store, made)
+    assert (after.due_at, after.hint_asks, after.hints) == (NOW, 0, 4)
+
+
+async def test_each_further_hint_is_asked_after_a_longer_pause_and_with_fewer_quick_asks(store: Store):
+    await watched(store, due_at=NOW)
+    [claimed] = await claimed_generations(store, now=NOW)
+    far = asked(claimed, at=NOW, due_at=NOW + DAY)
+    await store.events.record([], [far], NOTHING_HANDED_OVER, now=NOW)
+    for number, seconds in ((1, 1), (2, 4), (3, 9)):
+        await store.generations.hint([Hint(claimed.id, None)], now=NOW)
+        hinted = await the(store, claimed)
+        assert (hinted.due_at, hinted.hint_asks) == (NOW + seconds * SECOND, number - 1)
+        [again] = await claimed_generations(store, now=NOW + seconds * SECOND)
+        report = asked(again, at=NOW, due_at=NOW + DAY)
+        await store.events.record([], [report], NOTHING_HANDED_OVER, now=NOW)
+
+
+async def test_a_hint_never_makes_it_later_nor_begins_its_quick_asks_anew(store: Store):
+    await watched(store, due_at=NOW)
+    [claimed] = await claimed_generations(store, now=NOW)
+    soon = asked(claimed, at=NOW, due_at=NOW + 500, hint_asks=2)
+    await store.events.record([], [soon], NOTHING_HANDED_OVER, now=NOW)
+    before = await the(store, claimed)
+    await store.generations.hint([Hint(claimed.id, None)], now=NOW)
+    assert await the(store, claimed) == replace(before, hints=1)
+    [claimed] = await claimed_generations(store, now=NOW + 500)
+    await store.generations.hint([Hint(claimed.id, None)] * 9, now=NOW + 500)
+    report = asked(claimed, at=NOW + 500, due_at=NOW + 700, hint_asks=3)
+    await store.events.record([], [report], NOTHING_HANDED_OVER, now=NOW + 500)
+    after = await the(store, claimed)
+    assert (after.due_at, after.hint_asks, after.hints) == (NOW + 700, 3, 10)
+
+
+async def test_hints_beyond_an_accounts_turns_are_late_and_not_lost(store: Store):
+    made = [await watched(store, f"job-{number}") for number in range(5)]
+    hints = [Hint(one.id, None) for one in made for _ in "123"]
+    await store.generations.hint(hints, turns={"luma": Turns(4)}, now=NOW - DAY)
+    found = [(await the(store, one)).due_at for one in made]
+    assert found == [NOW - DAY + place * 30 * SECOND for place in (0, 0, 1, 2, 3)]
+
+
+async def test_a_hint_that_has_nothing_asked_sooner_takes_no_turn(store: Store):
+    ended, nameless, other = await watched(store, "1"), await watched(store, None), await watched(store, "2")
+    await announced(store, ended)
+    await watched(store, "3", due_at=NOW)
+    [held] = await claimed_generations(store, now=NOW)
+    idle = [Hint(one, None) for one in (ended.id, nameless.id, held.id, "gen_gone")]
+    await store.generations.hint([*idle, Hint(other.id, None)], turns={"luma": Turns(2)}, now=NOW - DAY)
+    assert (await the(store, other)).due_at == NOW - DAY
+
+
+async def test_a_job_is_watched_by_every_tenant_that_has_not_seen_its_end(store: Store):
+    mine, yours, ended = [await watched(store, tenant=tenant) for tenant in (TENANT, "yours", "theirs")]
+    await watched(store, "another job")
+    await watched(store, account="another account")
+    await announced(store, ended)
+    found = await store.generations.watching("luma", "job-1")
+    assert sorted(found) == sorted([mine.id, yours.id])
+    assert await store.generations.watching("luma", "unknown") == []
 
 
 async def test_a_hint_waits_for_the_ask_in_flight_and_has_it_asked_again_a_second_later(store: Store):

@@ -8,7 +8,7 @@ A provider outside the package is named `"module:Class"` in the configuration.
 import mimetypes
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
@@ -49,7 +49,8 @@ class Provider(ABC):
     pace: ClassVar[Pace]
     requests_per_minute: ClassVar[int | None] = None
     requests_per_day: ClassVar[int | None] = None
-    calls_back: ClassVar[bool] = False
+    calls_back: ClassVar[bool] = False  # to the URL that one job is given
+    signs: ClassVar[bool] = False  # its callbacks for all jobs of an account: `signed` knows how
 
     @abstractmethod
     def path(self, job_id: str) -> str:
@@ -74,6 +75,10 @@ class Provider(ABC):
         """The code and the message in a refusal."""
         return text(answer.get("error")), text(answer.get("message")) or text(answer.get("detail"))
 
+    def signed(self, headers: Mapping[str, str], body: bytes, secrets: Sequence[str]) -> bool:
+        """Whether a callback was signed with one of the account's secrets; header names are lower-case."""
+        return False
+
     def claimed_job(self, callback: Any) -> str | None:
         """The job id that a callback's JSON names; only ever a claim."""
         return None
@@ -81,7 +86,10 @@ class Provider(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One configured credential at a provider. `repr` never shows the credential."""
+    """One configured credential at a provider. `repr` never shows the credential.
+
+    `webhook_secrets` are those with which the provider may sign its callbacks.
+    """
 
     name: str
     provider: Provider
@@ -90,6 +98,11 @@ class Account:
     pace: Pace
     requests_per_minute: int | None = None
     requests_per_day: int | None = None
+    webhook_secrets: tuple[str, ...] = ()
+
+    @property
+    def takes_signed_callbacks(self) -> bool:
+        return self.provider.signs and bool(self.webhook_secrets)
 
     def __repr__(self) -> str:
         return f"Account({self.name!r}, {self.provider.name!r})"

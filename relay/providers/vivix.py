@@ -1,6 +1,7 @@
 """Vivix Atelier images and videos. https://getvivix.com/docs/api (GET /api/v1/generations/{id})"""
 
-from collections.abc import Mapping
+import hmac
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relay.generation import Code, Output, Problem, Status, Update
@@ -10,11 +11,16 @@ from relay.times import parse_rfc3339
 
 
 class Vivix(Provider):
-    """Polled. About 12 s for an image, 90 s for a video; a failed job's credits are refunded."""
+    """Polled. About 12 s for an image, 90 s for a video; a failed job's credits are refunded.
+
+    Each webhook of the account's settings is called for every job and signed with a secret of its own
+    (https://getvivix.com/docs/api/webhooks). The time is not signed: what was sent once can be sent again.
+    """
 
     name = "vivix"
     base_url = "https://vivix-atelier.vercel.app/api/v1"
     pace = Pace(interval=1_000, timeout=30 * 60_000, typical=(15_000, 1.0))
+    signs = True
 
     def path(self, job_id: str) -> str:
         return f"/generations/{job_id}"
@@ -22,6 +28,14 @@ class Vivix(Provider):
     def not_found(self, status: int, answer: Any) -> bool:
         code = answer.get("error") if isinstance(answer, dict) else None
         return super().not_found(status, answer) or (status == 403 and code == "NOT_YOURS")
+
+    def signed(self, headers: Mapping[str, str], body: bytes, secrets: Sequence[str]) -> bool:
+        given = headers.get("x-vivix-signature", "").encode()
+        expected = [f"sha256={hmac.digest(one.encode(), body, 'sha256').hex()}" for one in secrets]
+        return any([hmac.compare_digest(given, one.encode()) for one in expected])
+
+    def claimed_job(self, callback: Any) -> str | None:
+        return text(callback.get("generation_id")) if isinstance(callback, dict) else None
 
     def read(self, answer: Mapping[str, Any], *, now: int) -> Update:
         word = text(answer.get("status"))

@@ -9,6 +9,7 @@ from relay.endpoint import Endpoint
 from relay.errors import Conflict, Refused
 from relay.event import ENDINGS, FLEETING, PROGRESS, Event
 from relay.generation import FINAL, Generation
+from relay.hints import pause
 from relay.ids import new_id
 from relay.schedule import Asked
 from relay.store.database import Database, Row, Transaction
@@ -62,7 +63,7 @@ class Events:
         async with self._db.write() as tx:
             changes = await _heard(tx, changes)
             await tx.execute_many(_MOVE, [_move(change) for change in changes])
-            await tx.execute_many(_ASKED, [asdict(one) for one in asked])
+            await tx.execute_many(_ASKED, [_asked(one) for one in asked])
             fresh = await self._insert(tx, changes)
             await _cancel_older(tx, fresh, now=now)
             callbacks = {one.after.id: one.after.callback_url for one in changes if one.after.ended}
@@ -265,10 +266,11 @@ _ASKED = """
     UPDATE generations
     SET due_at = CASE
             WHEN due_at IS NULL THEN NULL
-            WHEN hints > :hints THEN :at + 1000  -- a callback came meanwhile
+            -- a callback came meanwhile
+            WHEN hints > :hints AND (:due_at IS NULL OR :due_at > :hinted_at) THEN :hinted_at
             ELSE :due_at
         END,
-        hint_asks = CASE WHEN hints > :hints THEN 0 ELSE :hint_asks END,
+        hint_asks = CASE WHEN hints > :hints THEN COALESCE(:hint_asks, hint_asks) ELSE :hint_asks END,
         missing = CASE WHEN hints > :hints THEN 0 ELSE :missing END,
         deadline_at = :deadline_at, outage = :outage, chance = :chance, rate = :rate,
         open_at = COALESCE(:open_at, open_at),
@@ -331,6 +333,10 @@ def _move(change: Change) -> dict[str, Any]:
 def _mark(change: Change) -> str | None:
     """What a generation's row has of the change that moved it: the first of its events."""
     return change.events[0].id if change.events else None
+
+
+def _asked(one: Asked) -> dict[str, Any]:
+    return {**asdict(one), "hinted_at": one.at + pause(one.hints + 1)}
 
 
 def _delivery(

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from relay.errors import Conflict, Invalid
 from relay.generation import FINAL, Generation, LearnedBy, Status, Update
+from relay.hints import Turns, ask_at, hint_asks
 from relay.store.database import Database, Row, Transaction
 from relay.store.filters import where
 from relay.store.idempotency import Idempotency, created_before, remember
@@ -17,6 +19,7 @@ _UPDATE = TypeAdapter(Update)
 # Of what is due in an account, so many that have been due longest are compared.
 CONSIDERED = 500
 _FINAL = ", ".join(f"'{status}'" for status in sorted(FINAL))
+_NO_LIMITS: Mapping[str, Turns] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,25 +158,45 @@ class Generations:
             )
         return deleted > 0
 
-    async def hint(self, hints: Sequence[Hint], *, now: int) -> None:
-        """Makes generations due now, or a second after the last ask; one that is being asked about, when
-        that ask has ended: it may have seen less than the callback knows."""
-        async with self._db.write() as tx:
-            await tx.execute_many(
+    async def watching(self, account: str, job_id: str) -> Sequence[str]:
+        """The ids of the generations that watch a job and have not ended, whoever's they are."""
+        async with self._db.read() as tx:
+            rows = await tx.fetch(
                 f"""
-                UPDATE generations
-                SET hints = hints + 1, hint_asks = 0,
-                    due_at = CASE
-                        WHEN lease IS NOT NULL THEN due_at
-                        WHEN asked_at + 1000 > :now THEN asked_at + 1000
-                        ELSE :now
-                    END,
-                    missing = CASE WHEN job_id IS NULL THEN 0 ELSE missing END,
-                    claimed_job_id = CASE WHEN job_id IS NULL THEN :job_id ELSE NULL END
-                WHERE id = :id AND status NOT IN ({_FINAL}) AND (job_id IS NOT NULL OR :job_id IS NOT NULL)
+                SELECT id FROM generations
+                WHERE account = :account AND job_id = :job_id AND status NOT IN ({_FINAL})
                 """,
-                [{"id": hint.generation_id, "job_id": hint.job_id, "now": now} for hint in hints],
+                account=account,
+                job_id=job_id,
             )
+        return [row["id"] for row in rows]
+
+    async def hint(self, hints: Sequence[Hint], *, turns: Mapping[str, Turns] = _NO_LIMITS, now: int) -> None:
+        """Makes generations due as soon as their callbacks may have them asked about, `turns` being those of
+        their accounts; one that is being asked about, when that ask has ended: it may have seen less than
+        the callback knows."""
+        async with self._db.write() as tx:
+            ids = sorted({hint.generation_id for hint in hints})
+            found = {row["id"]: dict(row) for row in await tx.fetch(_HINTED, ids=ids)}
+            heard = []
+            for hint in hints:
+                one = found.get(hint.generation_id)
+                if one is None or (one["job_id"] is None and hint.job_id is None):
+                    continue
+                one["hints"] += 1
+                if one["lease"] is None:
+                    one["due_at"] = ask_at(
+                        one["due_at"], one["asked_at"], one["hints"], turns.get(one["account"]), now=now
+                    )
+                heard.append(
+                    {
+                        "id": hint.generation_id,
+                        "job_id": hint.job_id,
+                        "due_at": one["due_at"],
+                        "hint_asks": hint_asks(one["hints"]),
+                    }
+                )
+            await tx.execute_many(_HINT, heard)
 
     async def drop_claim(self, generation: Generation) -> None:
         """Forgets the job id that a callback claimed, unless another has claimed another meanwhile."""
@@ -293,6 +316,22 @@ _CREATE = """
         :awaits_callback, 0, :created_at, :deadline_at, :due_at, :chance, :rate, 0, 0, 0, 0, 0, 0
     )
     ON CONFLICT (tenant, account, job_id) DO NOTHING
+"""
+
+_HINTED = f"""
+    SELECT id, account, job_id, due_at, asked_at, hints, lease FROM generations
+    WHERE id IN (:ids) AND status NOT IN ({_FINAL})
+"""
+_HINT = f"""
+    UPDATE generations
+    SET hints = hints + 1, hint_asks = COALESCE(hint_asks, :hint_asks),
+        due_at = CASE
+            WHEN lease IS NULL AND (due_at IS NULL OR due_at > :due_at) THEN :due_at
+            ELSE due_at
+        END,
+        missing = CASE WHEN job_id IS NULL THEN 0 ELSE missing END,
+        claimed_job_id = CASE WHEN job_id IS NULL THEN :job_id ELSE NULL END
+    WHERE id = :id AND status NOT IN ({_FINAL}) AND (job_id IS NOT NULL OR :job_id IS NOT NULL)
 """
 
 

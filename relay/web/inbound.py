@@ -1,14 +1,17 @@
 """Providers call here. A callback only ever makes Relay ask: nothing in it is believed."""
 
+import asyncio
 import logging
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from relay.body import parse
-from relay.errors import Malformed, NotFound
+from relay.errors import Malformed, Unsigned
 from relay.generation import is_job_id
+from relay.providers import Provider
 from relay.store.generations import Hint
 from relay.web.context import State
 from relay.web.operation import read_body
@@ -17,24 +20,52 @@ log = logging.getLogger(__name__)
 
 
 async def receive(request: Request[State]) -> Response:
-    """Answers exactly 200 once the hint is durable; 404, and nothing else, to a token that is not ours."""
+    """The callback of one job: answers exactly 200 once the hint is durable; to a token that is not ours as
+    to any unknown path."""
     relay = request.state["relay"]
     name = request.path_params["account"]
     generation_id = relay.callbacks.generation(name, request.path_params["token"])
     account = relay.accounts.get(name)
     if generation_id is None or account is None or not account.provider.calls_back:
-        raise NotFound("nothing is here")
-    body = await read_body(request)
-    try:
-        claimed = account.provider.claimed_job(parse(body))
-    except Malformed:
-        claimed = None
-    if claimed is not None and not is_job_id(claimed):
-        claimed = None
+        raise HTTPException(404)
+    claimed = _claimed(account.provider, await read_body(request))
     log.info("callback.received", extra={"account": name, "generation": generation_id, "job": claimed})
     await relay.hint(Hint(generation_id, claimed))
     relay.poller.wake()
     return Response(status_code=200)
 
 
-ROUTES = [Route("/hooks/{account}/{token}", receive, methods=["POST"])]
+async def receive_signed(request: Request[State]) -> Response:
+    """The callback of any job of an account: 401 unless it is signed, else exactly 200 once the hints are
+    durable, or at once when nobody watches the job; 404 as to any unknown path where none is expected."""
+    relay = request.state["relay"]
+    name = request.path_params["account"]
+    account = relay.accounts.get(name)
+    if account is None or not account.takes_signed_callbacks:
+        raise HTTPException(404)
+    body = await read_body(request)
+    if not account.provider.signed(request.headers, body, account.webhook_secrets):
+        log.warning("callback.unsigned", extra={"account": name})
+        raise Unsigned("this callback is not signed with a secret of this account")
+    claimed = _claimed(account.provider, body)
+    watching = await relay.store.generations.watching(name, claimed) if claimed is not None else []
+    log.info("callback.received", extra={"account": name, "generations": len(watching), "job": claimed})
+    if watching:
+        await asyncio.gather(*(relay.hint(Hint(generation_id, claimed)) for generation_id in watching))
+        relay.poller.wake()
+    return Response(status_code=200)
+
+
+def _claimed(provider: Provider, body: bytes) -> str | None:
+    """The job that a callback names, if what it names can be one."""
+    try:
+        claimed = provider.claimed_job(parse(body))
+    except Malformed:
+        return None
+    return claimed if claimed is not None and is_job_id(claimed) else None
+
+
+ROUTES = [
+    Route("/hooks/{account}", receive_signed, methods=["POST"]),
+    Route("/hooks/{account}/{token}", receive, methods=["POST"]),
+]

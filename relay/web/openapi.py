@@ -160,11 +160,10 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
 def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:
     """What needs no key: health, and what providers call."""
     health = {"application/json": {"schema": names[(r.HealthResource, "serialization")]}}
-    problem = {"application/problem+json": {"schema": {"$ref": _REF.format(model="Problem")}}}
-    token = [
+    account, token = (
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in ("account", "token")
-    ]
+    )
     return {
         "/healthz": {
             "get": {
@@ -187,24 +186,54 @@ def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:
                 },
             }
         },
-        "/hooks/{account}/{token}": {
+        "/hooks/{account}": {
             "post": {
-                "operationId": "receive",
-                "summary": "Providers call here; it makes Relay ask them, and nothing in it is believed",
+                "operationId": "receive_signed",
+                "summary": "Providers that sign (vivix) call here about any job of an account that has a"
+                " webhook_secret; it makes Relay ask them, and nothing in it is believed",
                 "tags": ["hooks"],
                 "security": [],
-                "parameters": token,
+                "parameters": [
+                    account,
+                    {
+                        "name": "X-Vivix-Signature",
+                        "in": "header",
+                        "required": False,
+                        "description": "sha256= and the hexadecimal HMAC-SHA256 of the body; vivix only.",
+                        "schema": {"type": "string"},
+                    },
+                ],
                 "requestBody": {"content": {"application/json": {"schema": {}}}},
                 "responses": {
-                    "200": {"description": "Heard"},
-                    **{
-                        str(status): {"description": meaning, "content": problem}
-                        for status, meaning in {404: "Not a URL of ours", **_REFUSALS}.items()
-                        if status in (400, 404, 413, 503)
-                    },
+                    "200": {"description": "Heard, or about a job that nobody watches"},
+                    **_hook_refusals({401: "No or bad signature", 404: "No such account takes callbacks"}),
                 },
             }
         },
+        "/hooks/{account}/{token}": {
+            "post": {
+                "operationId": "receive",
+                "summary": "Providers call here about one job; it makes Relay ask them, and nothing in it is"
+                " believed",
+                "tags": ["hooks"],
+                "security": [],
+                "parameters": [account, token],
+                "requestBody": {"content": {"application/json": {"schema": {}}}},
+                "responses": {
+                    "200": {"description": "Heard"},
+                    **_hook_refusals({404: "Not a URL of ours"}),
+                },
+            }
+        },
+    }
+
+
+def _hook_refusals(own: Mapping[int, str]) -> dict[str, Any]:
+    problem = {"application/problem+json": {"schema": {"$ref": _REF.format(model="Problem")}}}
+    meanings = {400: "The body did not arrive", **{status: _REFUSALS[status] for status in (413, 503)}, **own}
+    return {
+        str(status): {"description": meaning, "content": problem}
+        for status, meaning in sorted(meanings.items())
     }
 
 
