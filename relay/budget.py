@@ -73,7 +73,7 @@ class Budget:
         if status == 429:
             if now >= self.paused_until:
                 self.throttles += 1
-            pause = min(FIRST_THROTTLE << min(self.throttles - 1, 16), LONGEST_THROTTLE)
+            pause = min(FIRST_THROTTLE << min(max(self.throttles - 1, 0), 16), LONGEST_THROTTLE)
             told = told or pause
         elif 200 <= status <= 299:
             self.throttles = 0
