@@ -39,16 +39,15 @@ class Budget:
 
     def available(self, now: int) -> int:
         """How many requests may be made at once now."""
+        self._mind_the_clock(now)
         if now < self.paused_until:
             return 0
         left = self._left_today(now)
         pause = self._pause(now)
         if not pause:
             return min(AT_ONCE, left)
-        burst = self._burst(pause)
-        # Nothing is booked further ahead than one pause: what is, was booked before the clock was set back.
-        self.next_at = min(self.next_at, now + burst + pause)
-        return min(left, max(0, int((now + burst - max(self.next_at, now)) / pause + 1)))
+        spare = self._burst() - max(0.0, self.next_at - now)
+        return min(left, max(0, int(spare / pause + 1)))
 
     def take(self, now: int) -> None:
         """Books one request."""
@@ -61,11 +60,8 @@ class Budget:
         """Milliseconds until a request may be made."""
         if self.available(now):
             return 0
-        if now < self.paused_until:
-            return self.paused_until - now
-        if not self._left_today(now):
-            return self.day_ends_at - now
-        return max(1, math.ceil(self.next_at - now - self._burst(self._pause(now))))
+        wait = max(1, self.paused_until - now, math.ceil(self.next_at - now - self._burst()))
+        return wait if self._left_today(now) else max(wait, self.day_ends_at - now)
 
     def hear(self, status: int, headers: Mapping[str, str], now: int) -> None:
         """What an answer says of the limits: 429, `Retry-After`, `X-RateLimit-*` (names in lower case)."""
@@ -73,7 +69,7 @@ class Budget:
         if status == 429:
             if now >= self.paused_until:
                 self.throttles += 1
-            pause = min(FIRST_THROTTLE << min(self.throttles - 1, 16), LONGEST_THROTTLE)
+            pause = min(FIRST_THROTTLE << min(max(self.throttles - 1, 0), 16), LONGEST_THROTTLE)
             told = told or pause
         elif 200 <= status <= 299:
             self.throttles = 0
@@ -101,9 +97,11 @@ class Budget:
             setattr(self, name, kept.get(name, getattr(self, name)))
 
     def _left_today(self, now: int) -> int:
-        if self.per_day is None or now >= self.day_ends_at:
-            return AT_ONCE if self.per_day is None else self.per_day
-        return max(0, self.per_day - self.used_today)
+        """How many of the day's requests may be made before those that are left are spread."""
+        if self.per_day is None:
+            return AT_ONCE
+        used = self.used_today if now < self.day_ends_at else 0
+        return self.per_day // 2 + 1 - used if used * 2 <= self.per_day else max(0, self.per_day - used)
 
     def _pause(self, now: int) -> float:
         pause = MINUTE / (self.per_minute * (1 - SPARED)) if self.per_minute else 0.0
@@ -111,8 +109,15 @@ class Budget:
             pause = max(pause, (self.day_ends_at - now) / max(1, self.per_day - self.used_today))
         return pause
 
-    def _burst(self, pause: float) -> float:
-        return pause * max(0.0, (self.per_minute or 0) * SPARED - 1)
+    def _burst(self) -> float:
+        """By how many milliseconds requests may be early, whatever the day's requests are spread over."""
+        return MINUTE / (1 - SPARED) * max(0.0, SPARED - 1 / self.per_minute) if self.per_minute else 0.0
+
+    def _mind_the_clock(self, now: int) -> None:
+        """What lies further ahead than can be is from before the clock was set back."""
+        self.paused_until = min(self.paused_until, now + LONGEST_TOLD)
+        self.day_ends_at = min(self.day_ends_at, now + DAY)
+        self.next_at = min(self.next_at, now + max(MINUTE, self._burst() + self._pause(now)))
 
 
 def _number(headers: Mapping[str, str], name: str) -> float | None:

@@ -51,11 +51,14 @@ class Plan:
             left = after
         # How many looks are due up to each edge, but for the price.
         self._looks, self._survival = looks, survival
+        self.shares = shares
         self.median = EDGES[next((k for k, one in enumerate(survival) if one <= 0.5), -1)]
 
     def next_look(self, age: float, price: float) -> float:
         """The age at which to look next after a look at `age`; `price` is what a look may cost in
         milliseconds of lag."""
+        if age >= EDGES[-1]:
+            return 2 * age
         at = _interpolate(age, EDGES, self._looks) + math.sqrt(2 * price)
         return _interpolate(at, self._looks, EDGES)
 
@@ -74,7 +77,6 @@ class Durations:
         self._news = 0
         self._plan: Plan | None = None
         self.count = 0
-        self.shares = prior
 
     def observe(self, one: Seen) -> None:
         self._seen.append(one)
@@ -85,8 +87,7 @@ class Durations:
     def plan(self) -> Plan:
         """What follows from it all; made anew when there is enough news to matter."""
         if self._plan is None or self._news * 20 > len(self._seen):
-            self.shares, self._news = self._learned(), 0
-            self._plan = Plan(self.shares)
+            self._plan, self._news = Plan(self._learned()), 0
         return self._plan
 
     def _learned(self) -> Shares:
@@ -126,7 +127,7 @@ class Experience:
         self._all.observe(seen)
         if model is not None:
             if model not in self._models and len(self._models) < MODELS:
-                self._models[model] = Durations(self._all.shares)
+                self._models[model] = Durations(self._all.plan.shares)
             if model in self._models:
                 self._models[model].observe(seen)
 
@@ -141,7 +142,7 @@ def log_normal(median: float, sigma: float) -> Shares:
     def below(edge: float) -> float:
         return 0.5 * (1 + math.erf(math.log(edge / median) / (sigma * math.sqrt(2))))
 
-    values = [below(edge) for edge in EDGES]
+    values = [0.0, *(below(edge) for edge in EDGES[1:-1]), 1.0]
     return [after - before for before, after in pairwise(values)]
 
 

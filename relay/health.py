@@ -1,7 +1,7 @@
 """How an account is: whether its provider answers, and takes its credential."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 15_000, 300_000
 # A credential that is refused is tried again so often.
 REFUSED_PAUSE = 300_000
 SPREAD = 0.2
+_LONGEST = round(max(LONGEST_PAUSE, REFUSED_PAUSE) * (1 + SPREAD))
 OUTAGES_KEPT = 50
 
 
@@ -48,27 +49,30 @@ class Health:
             return noted  # that is the budget's matter
         if error.code == "unauthorized":
             return noted._paused(Status.UNAUTHORIZED, REFUSED_PAUSE, now, spread)
-        noted = replace(
-            noted, failures=self.failures + 1, failing_since=self.failing_since if self.failures else now
-        )
+        noted = replace(noted, failures=self.failures + 1, failing_since=self.failing_since or now)
         if self.status is Status.UNAUTHORIZED or noted.failures < THRESHOLD:
             return (
                 noted if self.status is Status.OK else noted._paused(self.status, REFUSED_PAUSE, now, spread)
             )
-        if self.status is Status.FAILING and now < self.paused_until:
+        if self.status is Status.FAILING and not self.may_ask(now):
             return noted  # what was in flight when it opened says nothing new
         pause = min(FIRST_PAUSE << min(self.trips, 16), LONGEST_PAUSE)
         return noted._paused(Status.FAILING, pause, now, spread)
 
     def may_ask(self, now: int) -> bool:
-        return self.status is Status.OK or now >= self.paused_until
+        # A pause that ends later than can be is from before the clock was set back.
+        return self.status is Status.OK or not now < self.paused_until <= now + _LONGEST
 
     def outage(self, since: int, until: int) -> int:
         """Milliseconds between two times in which the account could not be asked."""
         spans = list(self.outages)
         if self.status is not Status.OK:
             spans.append((self.failing_since or until, until))
-        return sum(max(0, min(end, until) - max(begin, since)) for begin, end in spans)
+        lasted, counted = 0, since
+        for begin, end in sorted(spans):  # they overlap when the clock was set back
+            lasted += max(0, min(end, until) - max(begin, counted))
+            counted = max(counted, end)
+        return lasted
 
     def kept(self) -> dict[str, Any]:
         """What must survive a restart."""
@@ -76,8 +80,9 @@ class Health:
 
     @classmethod
     def resumed(cls, kept: Mapping[str, Any]) -> Self:
+        known = {one.name: kept[one.name] for one in fields(cls) if one.name in kept}
         outages = tuple((begin, end) for begin, end in kept.get("outages", ()))
-        return cls(**{**kept, "status": Status(kept.get("status", Status.OK)), "outages": outages})
+        return cls(**{**known, "status": Status(kept.get("status", Status.OK)), "outages": outages})
 
     def _recovered(self, now: int) -> Self:
         outages = self.outages
