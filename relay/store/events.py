@@ -225,7 +225,8 @@ _ASKED = """
         END,
         hint_asks = CASE WHEN hints > :hints THEN 0 ELSE :hint_asks END,
         missing = CASE WHEN hints > :hints THEN 0 ELSE :missing END,
-        deadline_at = :deadline_at, outage = :outage, chance = :chance, rate = :rate, open_at = COALESCE(:open_at, open_at),
+        deadline_at = :deadline_at, outage = :outage, chance = :chance, rate = :rate,
+        open_at = COALESCE(:open_at, open_at),
         lease = NULL, asked_at = :at, asks = asks + 1, errors = :errors, last_error = :last_error
     WHERE id = :generation_id AND lease = :lease
 """
