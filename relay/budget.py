@@ -73,7 +73,8 @@ class Budget:
         if status == 429:
             if now >= self.paused_until:
                 self.throttles += 1
-            pause = min(FIRST_THROTTLE << min(self.throttles - 1, 16), LONGEST_THROTTLE)
+            # None in a row yet: an answer between them was a good one, or something else paused the account.
+            pause = min(FIRST_THROTTLE << min(max(self.throttles - 1, 0), 16), LONGEST_THROTTLE)
             told = told or pause
         elif 200 <= status <= 299:
             self.throttles = 0
