@@ -48,9 +48,7 @@ class Health:
             return noted  # that is the budget's matter
         if error.code == "unauthorized":
             return noted._paused(Status.UNAUTHORIZED, REFUSED_PAUSE, now, spread)
-        noted = replace(
-            noted, failures=self.failures + 1, failing_since=self.failing_since if self.failures else now
-        )
+        noted = replace(noted, failures=self.failures + 1, failing_since=self.failing_since or now)
         if self.status is Status.UNAUTHORIZED or noted.failures < THRESHOLD:
             return (
                 noted if self.status is Status.OK else noted._paused(self.status, REFUSED_PAUSE, now, spread)
