@@ -340,15 +340,18 @@ class Poller:
 
     async def _keep(self) -> None:
         for name, count in (await self._store.accounts.drawn()).items():
-            for _ in range(count if name in self.standings else 0):
-                self.standings[name].budget.take(self._now())
+            if name in self.standings:
+                for _ in range(count):
+                    self.standings[name].budget.take(self._now())
+                self._news.add(name)
         names, self._news = self._news, set()
         if not names:
             return
         try:
             states = {name: self.standings[name].kept() for name in names}
             await self._store.accounts.keep(states, now=self._now())
-        except StoreError:
+        except BaseException:
+            # Also when a tick is canceled because the relay stops: it is written down with what comes next.
             self._news |= names
             raise
 

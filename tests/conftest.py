@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,15 +87,21 @@ class World:
 
     async def relay(self, **changes: Any) -> RunningRelay:
         """Starts a relay, which runs until the test ends."""
+        return await self.stack.enter_async_context(self.running(**changes))
+
+    @asynccontextmanager
+    async def running(self, **changes: Any) -> AsyncIterator[RunningRelay]:
+        """A relay that stops when the block ends; the next one finds its database."""
         # Its public URL is known before it starts, because the socket is bound before.
         bound = listener()
         origin = origin_of(bound)
         settings = read_config({"public_url": origin, **self.document(**changes)}, {})
-        await self.stack.enter_async_context(serving(build(settings, now=self.clock), bound))
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        api = httpx.AsyncClient(base_url=origin, headers=headers, timeout=30)
-        await self.stack.enter_async_context(api)
-        return RunningRelay(origin, settings, api, self.clock)
+        async with (
+            serving(build(settings, now=self.clock), bound),
+            httpx.AsyncClient(base_url=origin, headers=headers, timeout=30) as api,
+        ):
+            yield RunningRelay(origin, settings, api, self.clock)
 
     async def endpoint(self, relay: RunningRelay, path: str = "/", **fields: Any) -> dict[str, Any]:
         """Registers the subscriber, at one of its paths."""

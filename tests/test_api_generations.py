@@ -240,6 +240,10 @@ async def test_refresh_asks_now_and_a_trouble_is_no_ending(world: World) -> None
         assert troubled.status_code == 200, kind
         assert troubled.json()["status"] == "queued"
         assert troubled.json()["last_error"], kind
+        if kind == "rate_limited":
+            limited = await relay.api.post(refresh)
+            assert (limited.status_code, limited.headers["retry-after"]) == (429, "5")
+            world.clock.forward(seconds=5)
     assert (await relay.api.post(refresh)).json()["last_error"] is None
     world.clock.forward(seconds=600)
     asked = len(world.simulator.requests)

@@ -36,7 +36,8 @@ async def ask(provider: Provider):
         guard = Guard([ipaddress.ip_network("127.0.0.0/8")])
         asker = Asker.open(guard, capability="https://r/hooks/", now=lambda: time.time_ns() // 1_000_000)
         try:
-            return await asker.ask(Account("a", provider, KEY, origin, provider.pace), "job")
+            account = Account("a", provider, KEY, origin, provider.pace)
+            return asker.read(account, await asker.fetch(account, "job"))
         finally:
             await asker.close()
 

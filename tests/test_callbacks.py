@@ -113,21 +113,31 @@ async def test_a_job_id_that_was_patched_in_is_announced_by_its_callback(world: 
     assert other.status_code == 409
 
 
-async def test_after_a_callback_the_provider_is_asked_again_after_1_2_5_and_10_seconds(world: World):
-    relay = await relay_of(world)
+@pytest.mark.parametrize(
+    ("settings", "pauses"),
+    [({"poll_interval": "500ms"}, (1, 2, 5, 10, 2.5)), ({}, (10, 10, 10, 10, 60))],
+    ids=["asked as often as one likes", "documented to be asked every 10 s at most"],
+)
+async def test_after_a_callback_the_provider_is_asked_again_after_1_2_5_and_10_seconds_where_that_is_allowed(
+    world: World, settings: dict[str, Any], pauses: tuple[float, ...]
+):
+    relay = await relay_of(world, **settings)
     await world.endpoint(relay)
     generation = await awaiting(relay)
-    job_id = world.simulator.submit("pictory", duration=30)
+    job_id = world.simulator.submit("pictory", duration=1e6)
     await relay.api.patch(f"/v1/generations/{generation['id']}", json={"job_id": job_id})
     assert (await call_back(generation["webhook_url"], {"job_id": job_id, **DONE})).status_code == 200
     path = f"/v1/generations/{generation['id']}"
-    for asked, pause in enumerate((1, 2, 5, 10, 60), start=1):
+    for asked, pause in enumerate(pauses, start=1):
         shown = await relay.eventually(path, lambda one, asked=asked: one["polls"] == asked)
         asked_at = [one.time for one in world.simulator.requests if one.job_id == job_id][-1] * 1000
         due_at = parse_rfc3339(shown["next_poll_at"])
         assert due_at is not None
-        assert 1000 * pause <= due_at - asked_at <= 1000 * (pause * 1.1 + 1)
+        shortest = max(0.95 * pause, 0.5 if settings else 10)
+        assert 1000 * shortest <= due_at - asked_at <= 1000 * (pause * 1.05 + 1)
         assert shown["status"] == "processing" or asked == 1
+        if asked == len(pauses):
+            world.simulator.submit("pictory", job_id=job_id, duration=0)
         world.clock.forward(seconds=(due_at - world.clock()) / 1000)
     [received] = await world.subscriber.got(1)
     assert json.loads(received.body)["type"] == "generation.completed"
@@ -214,13 +224,25 @@ async def test_what_a_callback_says_of_a_running_job_is_not_announced(world: Wor
     assert b"evil" not in received.body
 
 
-async def test_a_claimed_job_that_the_provider_does_not_know_is_forgotten(world: World):
+async def sightings(world: World, pictory: Pictory, job_id: str, count: int) -> None:
+    """Lets Pictory be asked so often for a job that it says it does not know; that takes a minute."""
+    for seen in range(pictory.asked(job_id), count):
+        await until(lambda seen=seen: pictory.asked(job_id) > seen)
+        world.clock.forward(seconds=5 * 3**seen)
+
+
+async def test_a_claimed_job_that_the_provider_does_not_know_is_forgotten_after_a_minute(world: World):
     async with pictory_with(true=DONE) as (pictory, origin):
         relay = await relay_of(world, base_url=origin, poll_interval="100ms")
         await world.endpoint(relay)
         generation = await awaiting(relay)
+        path = f"/v1/generations/{generation['id']}"
         await call_back(generation["webhook_url"], {"job_id": "forged", **DONE})
-        await until(lambda: pictory.asked("forged") >= 3)
+        await sightings(world, pictory, "forged", 4)
+        # What is not claimed any more cannot be asked about.
+        await relay.eventually(path, lambda one: one["polls"] == 4)
+        assert (await relay.api.post(f"{path}/refresh")).status_code == 409
+        assert pictory.asked("forged") == 4
         await call_back(generation["webhook_url"], {"job_id": "true", **DONE})
         [received] = await world.subscriber.got(1)
     event = json.loads(received.body)
@@ -258,13 +280,16 @@ async def test_a_callback_that_arrives_during_an_ask_is_not_lost(world: World):
 
 async def test_the_true_callback_that_arrives_while_a_forged_claim_is_given_up_is_not_lost(world: World):
     async with pictory_with(true=DONE) as (pictory, origin):
-        # Asked so quickly that the true job is due only after the forged one has been given up.
         relay = await relay_of(world, base_url=origin, poll_interval="20ms")
         await world.endpoint(relay)
         generation = await awaiting(relay)
         await call_back(generation["webhook_url"], {"job_id": "forged"})
+        await sightings(world, pictory, "forged", 2)
         await until(lambda: pictory.asked("forged") == 3)
+        # The next sighting is the last one, and is still under way when the true callback comes.
         pictory.held["forged"] = asyncio.Event()
+        await relay.eventually(f"/v1/generations/{generation['id']}", lambda one: one["polls"] == 3)
+        world.clock.forward(seconds=45)
         await until(lambda: pictory.asked("forged") == 4)
         await call_back(generation["webhook_url"], {"job_id": "true"})
         pictory.held.pop("forged").set()
@@ -279,7 +304,10 @@ async def test_a_claimed_job_id_never_leads_anywhere_but_to_the_status_of_a_job(
         for job_id in [*claims, "plain"]:
             answer = await call_back((await awaiting(relay))["webhook_url"], {"job_id": job_id, **DONE})
             assert answer.status_code == 200 or 400 <= answer.status_code < 500
-        await until(lambda: pictory.paths.count("/base/jobs/plain") >= 4)
+        # The others have been asked about before: what is due is asked in the same looks.
+        for seen in range(4):
+            await until(lambda seen=seen: pictory.paths.count("/base/jobs/plain") > seen)
+            world.clock.forward(seconds=45)
     assert all(path.startswith("/base/jobs/") and len(path) < 1000 for path in pictory.paths), pictory.paths
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,7 +19,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from relay.poll import Budget
+from relay.budget import Budget
+from relay.errors import ProviderError
+from relay.health import Health
 from relay.times import parse_rfc3339
 from tests.conftest import RunningRelay, World
 from tests.serving import serving
@@ -94,6 +97,10 @@ async def test_an_ask_that_errs_never_fails_a_generation(world: World, kind: str
     for provider in PROVIDERS:
         world.simulator.trouble(provider, kind, count=2, **options)
     watched = [await world.watch(relay, provider, duration=0) for provider in PROVIDERS]
+    for seen in (1, 2) if kind == "rate_limited" else ():
+        # Told to come back at once, an account waits for some seconds all the same.
+        await until(lambda seen=seen: all(len(asks(world, one["job_id"])) >= seen for one in watched))
+        world.clock.forward(seconds=10)
     events = await told(world)
     assert {event["type"] for event in events.values()} == {"generation.completed"}
     if kind != "wrong_type":  # JSON that is only declared to be something else may be read
@@ -102,24 +109,49 @@ async def test_an_ask_that_errs_never_fails_a_generation(world: World, kind: str
     assert {one["last_error"] for one in listed} == {None}
 
 
-async def test_a_refused_key_fails_nothing_and_is_shown_at_its_account(world: World):
+async def test_a_refused_key_fails_nothing_is_shown_at_its_account_and_is_tried_now_and_then(world: World):
+    refused = ["pixellabs", "pictory", "luma"]
     keys = dict(world.simulator.keys)
     relay = await world.relay()
     await world.endpoint(relay)
-    world.simulator.keys |= dict.fromkeys(PROVIDERS, "the key of another customer")
-    for provider in PROVIDERS:
-        await world.watch(relay, provider, duration=0)
+    world.simulator.keys |= dict.fromkeys(refused, "the key of another customer")
+    first = [await world.watch(relay, provider, duration=0) for provider in refused]
 
-    def statuses(accounts: Any) -> set[str]:
-        return {one["status"] for one in accounts["data"]}
+    def statuses(accounts: Any) -> dict[str, str]:
+        return {one["name"]: one["status"] for one in accounts["data"]}
 
-    await relay.eventually("/v1/accounts", lambda accounts: statuses(accounts) == {"unauthorized"})
+    unauthorized = {"vivix": "ok", **dict.fromkeys(refused, "unauthorized")}
+    await relay.eventually("/v1/accounts", lambda accounts: statuses(accounts) == unauthorized)
+    second = [await world.watch(relay, provider, duration=0) for provider in refused]
+
+    def answers() -> list[list[int | None]]:
+        pairs = zip(first, second, strict=True)
+        return [asks(world, one["job_id"]) + asks(world, other["job_id"]) for one, other in pairs]
+
+    world.clock.forward(seconds=290)
+    await a_while(world, relay)
+    assert answers() == [[401]] * 3
+    world.clock.forward(seconds=70)
+    await until(lambda: answers() == [[401, 401]] * 3)
+    await a_while(world, relay)
+    assert answers() == [[401, 401]] * 3, "one of an account's generations is enough to try its key"
     for shown in (await relay.api.get("/v1/generations")).json()["data"]:
-        assert shown["status"] == "queued"
-        assert "unauthorized" in shown["last_error"]
+        assert (shown["status"], shown["error"]) == ("queued", None)
+    assert world.subscriber.received == []
     world.simulator.keys |= keys
-    assert {event["type"] for event in (await told(world)).values()} == {"generation.completed"}
-    await relay.eventually("/v1/accounts", lambda accounts: statuses(accounts) == {"ok"})
+    world.clock.forward(seconds=360)
+    received = await world.subscriber.got(6)
+    assert {json.loads(one.body)["type"] for one in received} == {"generation.completed"}
+    await relay.eventually("/v1/accounts", lambda accounts: set(statuses(accounts).values()) == {"ok"})
+
+
+async def no_more_troubles(world: World) -> None:
+    async with httpx.AsyncClient(base_url=world.simulator_origin) as client:
+        await client.delete("/_simulator/troubles")
+
+
+def is_failing(account: str) -> Callable[[Any], bool]:
+    return lambda accounts: {one["name"]: one["status"] for one in accounts["data"]}[account] == "failing"
 
 
 async def test_an_outage_of_a_provider_announces_nothing_and_ends_with_every_generation_completed(
@@ -129,39 +161,82 @@ async def test_an_outage_of_a_provider_announces_nothing_and_ends_with_every_gen
     await world.endpoint(relay)
     world.simulator.trouble("luma", "server_error", count=1_000_000)
     watched = [await world.watch(relay, "luma", duration=0) for _ in range(5)]
-    await until(lambda: all(len(asks(world, one["job_id"])) >= 3 for one in watched))
+
+    def answers() -> list[int | None]:
+        return [status for one in watched for status in asks(world, one["job_id"])]
+
+    accounts = await relay.eventually("/v1/accounts", is_failing("luma"))
+    assert [one["name"] for one in accounts["data"] if one["status"] != "ok"] == ["luma"]
+    await a_while(world, relay)
+    asked = len(answers())
+    # From 15 s on one request now and then looks whether the provider is back.
+    for probe, pause in enumerate((18, 36, 72), start=1):
+        world.clock.forward(seconds=pause)
+        await until(lambda probe=probe: len(answers()) > asked + probe - 1)
+        await a_while(world, relay)
+        assert len(answers()) == asked + probe
+    assert set(answers()) == {500}
     assert world.subscriber.received == []
-    listed = (await relay.api.get("/v1/generations")).json()["data"]
+    listed = (await relay.api.get("/v1/generations", params={"account": "luma"})).json()["data"]
     assert {one["status"] for one in listed} == {"queued"}
-    assert {one["status"] for one in (await relay.api.get("/v1/accounts")).json()["data"]} == {
-        "ok",
-        "failing",
-    }
-    async with httpx.AsyncClient(base_url=world.simulator_origin) as client:
-        await client.delete("/_simulator/troubles")
+    await no_more_troubles(world)
+    world.clock.forward(seconds=144)
     received = await world.subscriber.got(5)
     assert {json.loads(one.body)["type"] for one in received} == {"generation.completed"}
+    await relay.eventually("/v1/accounts", lambda shown: not is_failing("luma")(shown))
+
+
+async def test_an_outage_puts_deadlines_off_by_as_long_as_it_lasts(world: World):
+    relay = await world.relay(accounts=only("luma", world, poll_interval="100ms", timeout="10m"))
+    await world.endpoint(relay)
+    world.simulator.trouble("luma", "server_error", count=1_000_000)
+    done = [await world.watch(relay, "luma", duration=0) for _ in range(4)]
+    slow = await world.watch(relay, "luma", duration=1e6)
+    await relay.eventually("/v1/accounts", is_failing("luma"))
+    for _ in range(3):
+        before = len(world.simulator.requests)
+        world.clock.forward(seconds=1200)
+        await until(lambda before=before: len(world.simulator.requests) > before)
+        await a_while(world, relay)
+    assert world.subscriber.received == []
+    await no_more_troubles(world)
+    world.clock.forward(seconds=360)
+    received = await world.subscriber.got(4)
+    announced = {(json.loads(one.body)["data"]["id"], json.loads(one.body)["type"]) for one in received}
+    assert announced == {(one["id"], "generation.completed") for one in done}
+    path = f"/v1/generations/{slow['id']}"
+    shown = await relay.eventually(path, lambda one: one["last_error"] is None)
+    before, after = parse_rfc3339(slow["deadline_at"]), parse_rfc3339(shown["deadline_at"])
+    assert before is not None and after is not None
+    assert 3960 <= (after - before) / 1000 <= 3960 + 60
+    world.clock.forward(seconds=(after - world.clock()) / 1000)
+    *_, last = await world.subscriber.got(5)
+    assert json.loads(last.body)["type"] == "generation.timed_out"
 
 
 @pytest.mark.parametrize("date", [False, True], ids=["seconds", "HTTP date"])
-async def test_retry_after_is_honoured(world: World, date: bool):
-    relay = await world.relay()
+async def test_retry_after_is_honoured_by_the_whole_account(world: World, date: bool):
+    relay = await world.relay(accounts=only("luma", world, poll_interval="100ms", timeout="2h"))
     http_date = "Thu, 01 Jan 2099 00:00:00 GMT"  # further away than an hour, which is the most that is waited
     retry_after, pause = (http_date, 3_600_000) if date else (40, 40_000)
     world.simulator.trouble("luma", "rate_limited", retry_after=retry_after)
     generation = await world.watch(relay, "luma", duration=0)
     shown = await relay.eventually(f"/v1/generations/{generation['id']}", lambda one: one["polls"] == 1)
+    other = await world.watch(relay, "luma", duration=0)
     due_at = parse_rfc3339(shown["next_poll_at"])
-    deadline_at = parse_rfc3339(shown["deadline_at"])
-    assert due_at is not None and deadline_at is not None
+    assert due_at is not None
     [asked] = [one for one in world.simulator.requests if one.job_id == generation["job_id"]]
-    assert due_at >= min(round(asked.time * 1000) + pause, deadline_at)
+    assert due_at >= round(asked.time * 1000) + pause
+    [account] = [one for one in (await relay.api.get("/v1/accounts")).json()["data"] if one["name"] == "luma"]
+    next_at = parse_rfc3339(account["budget"]["next_request_at"])
+    assert next_at is not None and next_at >= round(asked.time * 1000) + pause
     world.clock.forward(seconds=(due_at - world.clock()) / 1000 - 5)
     await a_while(world, relay)
-    assert asks(world, generation["job_id"]) == [429]
+    assert (asks(world, generation["job_id"]), asks(world, other["job_id"])) == ([429], [])
     world.clock.forward(seconds=5)
-    await relay.eventually(f"/v1/generations/{generation['id']}", lambda one: one["status"] == "completed")
-    assert asks(world, generation["job_id"]) == [429, 200]
+    for one in (generation, other):
+        await relay.eventually(f"/v1/generations/{one['id']}", lambda shown: shown["status"] == "completed")
+    assert (asks(world, generation["job_id"]), asks(world, other["job_id"])) == ([429, 200], [200])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +328,7 @@ async def test_a_provider_that_is_down_at_the_deadline_leaves_a_generation_that_
     assert "500" in event["data"]["error"]["message"]
 
 
-async def test_not_found_is_believed_after_several_sightings_only(world: World):
+async def test_not_found_is_believed_after_several_sightings_over_a_minute_only(world: World):
     relay = await world.relay()
     await world.endpoint(relay)
     for provider in PROVIDERS:
@@ -261,9 +336,16 @@ async def test_not_found_is_believed_after_several_sightings_only(world: World):
         if provider == "vivix":
             job_id = world.simulator.submit(provider, job_id=job_id, owner="somebody else")
         await relay.api.post("/v1/generations", json={"account": provider, "job_id": job_id})
+    jobs = [f"no-such-job-at-{provider}" for provider in PROVIDERS]
+    for seen, pause in enumerate((5, 15, 45), start=1):
+        await until(lambda seen=seen: all(len(asks(world, job)) == seen for job in jobs))
+        await a_while(world, relay)
+        assert all(len(asks(world, job)) == seen for job in jobs)
+        assert world.subscriber.received == []
+        world.clock.forward(seconds=pause * 1.05)
     for provider, event in (await told(world)).items():
         assert (event["type"], event["data"]["error"]["code"]) == ("generation.failed", "not_found")
-        assert len(asks(world, f"no-such-job-at-{provider}")) >= 3
+        assert len(asks(world, f"no-such-job-at-{provider}")) == 4
 
 
 @pytest.mark.parametrize("trouble", ["not_found_in_body", None])
@@ -274,10 +356,13 @@ async def test_a_job_that_is_not_visible_at_first_is_waited_for(world: World, tr
         world.simulator.trouble("pictory", trouble, count=2)
         world.simulator.submit("pictory", job_id="fresh", duration=0)
     await relay.api.post("/v1/generations", json={"account": "pictory", "job_id": "fresh"})
-    await until(lambda: len(asks(world, "fresh")) >= 2)
+    await until(lambda: len(asks(world, "fresh")) == 1)
+    world.clock.forward(seconds=5.25)
+    await until(lambda: len(asks(world, "fresh")) == 2)
     assert world.subscriber.received == []
     if not trouble:
         world.simulator.submit("pictory", job_id="fresh", duration=0)
+    world.clock.forward(seconds=15.75)
     [received] = await world.subscriber.got(1)
     assert json.loads(received.body)["type"] == "generation.completed"
 
@@ -379,11 +464,79 @@ def test_waiting_as_long_as_a_budget_says_is_enough_and_uses_most_of_it(per_minu
     assert 0.8 * 10 * per_minute <= used <= 10 * per_minute
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 20_000),
+            st.sampled_from([200, 404, 429, 503]),
+            st.dictionaries(
+                st.sampled_from(["retry-after", "x-ratelimit-remaining", "x-ratelimit-reset"]),
+                st.sampled_from(["0", "1", "30", "-1", "1e308", "inf", "nan", "soon", "9" * 12, ""]),
+            ),
+        ),
+        max_size=30,
+    )
+)
+def test_whatever_answers_say_an_account_is_asked_again_within_an_hour(answers):
+    budget, now = Budget(60, 1_000), 0
+    for pause, status, headers in answers:
+        now += pause
+        budget.take(now)
+        budget.hear(status, headers, now)
+        assert status != 429 or budget.wait(now) >= 1_000
+        assert budget.wait(now) <= 60 * MINUTE
+
+
+def test_an_answer_429_that_was_under_way_when_the_account_paused_changes_nothing():
+    budget = Budget()
+    for status in (429, 200, 429):
+        budget.hear(status, {}, 0)
+    assert budget.wait(0) == 5_000
+
+
+def test_an_outage_began_with_the_first_refusal_whatever_else_fails_before_it_ends():
+    health = Health()
+    for now, code in ((1_000, "unauthorized"), (400_000, "unreachable"), (800_000, "unauthorized")):
+        health = health.after(ProviderError(code, "…"), now=now, spread=0.0)
+    assert health.outage(0, 900_000) == 899_000
+    assert health.after(None, now=900_000, spread=0.0).outage(0, 10_000_000) == 899_000
+
+
+def test_an_outage_began_with_the_first_of_the_failures_in_a_row():
+    health, error = Health(), ProviderError("unavailable", "…")
+    for now, problem in ((1, error), (2, None), (3, error), (4, error), (5, error), (6, error), (7, error)):
+        health = health.after(problem, now=now, spread=0.0)
+    assert (health.status.value, health.failing_since) == ("failing", 3)
+
+
 def test_no_budget_is_no_limit():
     budget = Budget(None)
     for _ in range(1000):
         assert (budget.wait(0), budget.available(0) > 0) == (0, True)
         budget.take(0)
+
+
+async def test_what_others_drew_from_an_account_is_counted_and_survives_a_restart(world: World):
+    async def used(relay: RunningRelay, count: int) -> None:
+        await relay.eventually(
+            "/v1/accounts",
+            lambda shown: (
+                [one["budget"]["used_today"] for one in shown["data"] if one["name"] == "luma"] == [count]
+            ),
+        )
+
+    async with world.running() as relay:
+        await used(relay, 0)
+        database = sqlite3.connect(world.directory / "relay.db")
+        with database:
+            database.execute(
+                "INSERT INTO accounts (name, state, drawn, updated_at) VALUES ('luma', '{}', 7, 0)"
+            )
+        database.close()
+        world.clock.forward(seconds=1)
+        await used(relay, 7)
+    async with world.running() as relay:
+        await used(relay, 7)
 
 
 async def test_requests_per_minute_is_kept_and_nobody_starves(world: World):

@@ -93,6 +93,12 @@ def test_each_provider_is_asked_where_and_how_its_document_says(name):
     assert (account(name).url("J"), load(name).authorization("K")) == ASKED[name]
 
 
+def test_what_pixellabs_estimates_counts_from_the_beginning_of_the_job():
+    answer = {"status": "queued", "estimatedTime": 15, "createdAt": rfc3339(NOW - 4_000)}
+    assert load("pixellabs").read(answer, now=NOW).remaining_ms == 11_000
+    assert load("pixellabs").read(answer, now=NOW + 60_000).remaining_ms == 0
+
+
 @pytest.mark.parametrize("name", PROVIDERS)
 @pytest.mark.parametrize("job_id", ["a/../../b", "a?b=c", "a#b", "%2e%2e", "a\\b"])
 def test_a_job_id_cannot_lead_to_another_resource(name, job_id):
@@ -171,7 +177,7 @@ FIELDS = (
     "status state success data type model metadata output output_url output_urls url videoURL imageUrl"
     " arweaveUrl width height duration duration_ms progress renderProgress aiCreditsUsed credits_used error"
     " message error_code error_message failure_code failure_reason detail created_at createdAt completed_at"
-    " completedAt"
+    " completedAt elapsed_ms estimatedTime"
 )
 NAMES = st.sampled_from(FIELDS.split())
 VALUES = st.recursive(

@@ -1,19 +1,23 @@
 """When a provider is asked next."""
 
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.durations import Plan, log_normal
 from relay.errors import ProviderError
-from relay.generation import FINAL, Generation, Status
-from relay.schedule import Pace, first_ask, next_ask
+from relay.generation import FINAL, Generation, Status, Update
+from relay.providers import PROVIDERS, load
+from relay.schedule import MISSING_PAUSES, Pace, first_ask, next_ask
 
 SECOND, MINUTE, HOUR = 1_000, 60_000, 3_600_000
 DAY = 24 * HOUR
 START = 1_000_000_000
-PACE = Pace(first=6 * SECOND, interval=4 * SECOND, timeout=30 * MINUTE, backstop=60 * SECOND)
+PACE = Pace(interval=4 * SECOND, timeout=30 * MINUTE, backstop=60 * SECOND)
+EVEN = 0.5  # the spread that makes a pause neither longer nor shorter
 WATCHED = Generation(
     id="gen_1", tenant="t", account="a", provider="p", job_id="j", status=Status.PROCESSING,
     created_at=START, deadline_at=START + 30 * MINUTE, due_at=START,
@@ -21,7 +25,6 @@ WATCHED = Generation(
 
 PACES = st.builds(
     Pace,
-    first=st.integers(0, HOUR),
     interval=st.integers(500, HOUR),
     timeout=st.just(30 * MINUTE),
     backstop=st.integers(0, HOUR),
@@ -37,58 +40,92 @@ OPEN = st.builds(
 ERRORS = st.none() | st.builds(
     ProviderError, st.just("rate_limited"), st.just("…"), retry_after=st.none() | st.integers(0, 2 * DAY)
 )
+PLANS = st.none() | st.sampled_from(
+    [Plan(log_normal(*one)) for one in ((100, 0.1), (13_000, 0.6), (HOUR, 2.0))]
+)
+HEARD = st.none() | st.builds(
+    Update,
+    status=st.just(Status.PROCESSING),
+    progress=st.none() | st.floats(0, 1),
+    elapsed_ms=st.none() | st.integers(0, DAY),
+    remaining_ms=st.none() | st.integers(0, DAY),
+)
 AGES = st.integers(0, 3 * DAY)
+SCARCITIES = st.floats(1, 4)
 SPREADS = st.floats(0, 1, exclude_max=True)
 
 
-@given(OPEN, PACES, AGES, SPREADS, ERRORS, st.sampled_from([None, 1, 2, 3, 4]))
+@given(OPEN, PACES, PLANS, AGES, SPREADS, SCARCITIES, HEARD, ERRORS, st.sampled_from([None, 1, 2, 3, 4]))
 def test_an_open_generation_is_always_asked_again_and_never_later_than_its_deadline(
-    generation, pace, age, spread, error, hint_asks
+    generation, pace, plan, age, spread, scarcity, heard, error, hint_asks
 ):
     now = START + age
-    due_at = next_ask(replace(generation, hint_asks=hint_asks), pace, now=now, spread=spread, error=error)
-    assert now <= due_at <= max(now, generation.deadline_at)
+    hinted = replace(generation, hint_asks=hint_asks)
+    ask = next_ask(hinted, pace, plan, now=now, spread=spread, scarcity=scarcity, heard=heard, error=error)
+    assert now <= ask.due_at <= max(now, generation.deadline_at)
+    assert 0 <= ask.chance < math.inf and 0 < ask.rate < math.inf
 
 
-@given(OPEN, PACES, AGES, SPREADS, ERRORS)
-def test_never_earlier_than_the_interval_unless_the_deadline_is(generation, pace, age, spread, error):
+@given(OPEN, PACES, PLANS, AGES, SPREADS, SCARCITIES, HEARD, ERRORS, st.sampled_from([None, 1, 2, 3, 4]))
+def test_never_earlier_than_the_interval_unless_the_deadline_is(
+    generation, pace, plan, age, spread, scarcity, heard, error, hint_asks
+):
     now = START + age
-    due_at = next_ask(generation, pace, now=now, spread=spread, error=error)
-    assert due_at >= min(now + pace.interval, max(now, generation.deadline_at))
+    hinted = replace(generation, hint_asks=hint_asks)
+    ask = next_ask(hinted, pace, plan, now=now, spread=spread, scarcity=scarcity, heard=heard, error=error)
+    assert ask.due_at >= min(now + pace.interval, max(now, generation.deadline_at))
+
+
+def due(generation, *, pace=PACE, now=START, spread=EVEN, **known):
+    """When it is asked next while nobody knows how long such jobs take."""
+    return next_ask(generation, pace, None, now=now, spread=spread, **known).due_at
 
 
 @pytest.mark.parametrize(("asks", "pause"), [(1, 1), (2, 2), (3, 5), (4, 10), (None, 60)])
 def test_after_a_callback_the_asks_come_quickly_and_then_the_backstop_again(asks, pause):
     hinted = replace(WATCHED, awaits_callback=True, hint_asks=asks)
-    assert next_ask(hinted, PACE, now=START, spread=0.0) == START + pause * SECOND
+    assert due(hinted, pace=replace(PACE, interval=SECOND // 2)) == START + pause * SECOND
+
+
+@pytest.mark.parametrize("asks", [1, 2, 3, 4])
+def test_a_callback_makes_no_pause_shorter_than_the_documented_one(asks):
+    hinted = replace(WATCHED, awaits_callback=True, hint_asks=asks)
+    assert due(hinted, pace=load("pictory").pace, spread=0.0) == START + 10 * SECOND
 
 
 @pytest.mark.parametrize(
     ("age", "pause"),
     [(0, 4), (40 * SECOND, 4), (2 * MINUTE, 12), (10 * MINUTE, 60), (20 * MINUTE, 60)],
 )
-def test_pauses_grow_to_a_tenth_of_the_age_and_at_most_a_minute(age, pause):
-    assert next_ask(WATCHED, PACE, now=START + age, spread=0.0) == START + age + pause * SECOND
+def test_with_nothing_to_expect_pauses_grow_to_a_tenth_of_the_age_and_at_most_a_minute(age, pause):
+    assert due(WATCHED, now=START + age) == START + age + pause * SECOND
 
 
-@given(SPREADS, st.integers(0, 29 * MINUTE))
-def test_spread_adds_at_most_a_tenth_and_takes_nothing(spread, age):
+@given(SPREADS, st.integers(0, 28 * MINUTE))
+def test_spread_makes_a_pause_a_twentieth_shorter_or_longer_but_never_shorter_than_the_interval(spread, age):
     now = START + age
-    earliest = next_ask(WATCHED, PACE, now=now, spread=0.0)
-    due_at = next_ask(WATCHED, PACE, now=now, spread=spread)
-    assert earliest <= due_at <= now + (earliest - now) * 1.1 + 1
+    pause = due(WATCHED, now=now) - now
+    due_at = due(WATCHED, now=now, spread=spread)
+    assert max(PACE.interval, pause * 0.95 - 1) <= due_at - now <= pause * 1.05 + 1
 
 
-@pytest.mark.parametrize(("missing", "pause"), [(1, 4), (2, 12), (3, 32), (4, 32)])
+@pytest.mark.parametrize(("missing", "pause"), [(1, 5), (2, 15), (3, 45), (4, 45)])
 def test_a_job_that_is_not_visible_yet_is_asked_about_ever_more_slowly(missing, pause):
-    assert next_ask(replace(WATCHED, missing=missing), PACE, now=START, spread=0.0) == START + pause * SECOND
+    assert due(replace(WATCHED, missing=missing)) == START + pause * SECOND
 
 
-@pytest.mark.parametrize(("errors", "pause"), [(1, 8), (2, 16), (3, 32), (6, 256), (7, 300), (5000, 300)])
-def test_errors_in_a_row_double_the_pause_up_to_five_minutes(errors, pause):
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_the_sightings_that_make_a_job_not_found_take_more_than_a_minute_everywhere(name):
+    now = START
+    for missing, _ in enumerate(MISSING_PAUSES, start=1):
+        now = due(replace(WATCHED, missing=missing), pace=load(name).pace, now=now, spread=0.0)
+    assert MINUTE <= now - START <= 2 * MINUTE
+
+
+@pytest.mark.parametrize(("errors", "pause"), [(1, 8), (2, 16), (3, 32), (4, 60), (5000, 60)])
+def test_errors_in_a_row_double_the_pause_up_to_a_minute(errors, pause):
     error = ProviderError("unavailable", "…")
-    due_at = next_ask(replace(WATCHED, errors=errors), PACE, now=START, spread=0.0, error=error)
-    assert due_at == START + pause * SECOND
+    assert due(replace(WATCHED, errors=errors), error=error) == START + pause * SECOND
 
 
 @pytest.mark.parametrize("status", [Status.PROCESSING, Status.TIMED_OUT])
@@ -98,22 +135,45 @@ def test_errors_in_a_row_double_the_pause_up_to_five_minutes(errors, pause):
 def test_retry_after_is_honoured_up_to_an_hour(status, retry_after, pause):
     generation = replace(WATCHED, status=status, deadline_at=START + 12 * HOUR, errors=1)
     error = ProviderError("rate_limited", "…", retry_after=retry_after)
-    assert next_ask(generation, PACE, now=START, spread=0.0, error=error) == START + pause
+    assert due(generation, spread=0.0, error=error) == START + pause
 
 
 def test_a_short_retry_after_does_not_shorten_the_pause():
-    error = ProviderError("rate_limited", "…", retry_after=1)
-    due_at = next_ask(replace(WATCHED, errors=1), PACE, now=START, spread=0.0, error=error)
-    assert due_at == next_ask(
-        replace(WATCHED, errors=1), PACE, now=START, spread=0.0, error=ProviderError("unavailable", "…")
-    )
+    generation = replace(WATCHED, errors=1)
+    told = due(generation, error=ProviderError("rate_limited", "…", retry_after=1))
+    assert told == due(generation, error=ProviderError("unavailable", "…"))
+
+
+def test_what_is_known_of_durations_puts_the_asks_where_the_ends_are():
+    plan, pace = Plan(log_normal(60_000, 0.3)), replace(PACE, interval=500)
+
+    def pause(age):
+        return next_ask(WATCHED, pace, plan, now=START + age, spread=EVEN).due_at - START - age
+
+    first = first_ask(pace, plan, now=START, deadline_at=START + HOUR, job_known=True, awaits_callback=False)
+    assert 20 * SECOND < first.due_at - START < 60 * SECOND
+    assert pause(60 * SECOND) < pause(30 * SECOND) < first.due_at - START
+
+
+def test_what_the_provider_says_is_left_makes_a_pause_shorter_or_longer_within_reason():
+    plan = Plan(log_normal(60_000, 1.0))
+
+    def pause(**said):
+        heard = Update(status=Status.PROCESSING, **said)
+        pace, now = replace(PACE, interval=10), START + 30 * SECOND
+        return next_ask(WATCHED, pace, plan, now=now, spread=EVEN, heard=heard).due_at - now
+
+    usual = pause()
+    assert usual / 4 - 1 <= pause(remaining_ms=0) < usual < pause(remaining_ms=DAY) <= usual * 4 + 1
+    assert pause(progress=0.99) < usual
+    assert pause(progress=0.0) == usual
 
 
 @given(st.integers(0, 3 * DAY), PACES, SPREADS)
 def test_the_late_watch_ends_a_day_after_the_deadline(after, pace, spread):
     timed_out = replace(WATCHED, status=Status.TIMED_OUT)
     now = timed_out.deadline_at + after
-    due_at = next_ask(timed_out, pace, now=now, spread=spread)
+    due_at = due(timed_out, pace=pace, now=now, spread=spread)
     if due_at is None:
         assert now + max(pace.interval, HOUR) > timed_out.deadline_at + DAY
     else:
@@ -126,36 +186,36 @@ def test_the_late_watch_ends_a_day_after_the_deadline(after, pace, spread):
 def test_the_late_watch_asks_every_ten_minutes_up_to_its_very_end(before_the_end, asked):
     timed_out = replace(WATCHED, status=Status.TIMED_OUT)
     now = timed_out.deadline_at + DAY - before_the_end
-    assert next_ask(timed_out, PACE, now=now, spread=0.0) == (now + 10 * MINUTE if asked else None)
+    assert due(timed_out, now=now) == (now + 10 * MINUTE if asked else None)
 
 
 @pytest.mark.parametrize("status", sorted(FINAL))
 def test_a_final_ending_is_never_asked_about(status):
-    assert next_ask(replace(WATCHED, status=status), PACE, now=START, spread=0.0) is None
+    assert due(replace(WATCHED, status=status)) is None
 
 
 def test_without_a_job_id_there_is_nothing_to_ask_before_the_deadline():
     nameless = replace(WATCHED, job_id=None)
-    assert next_ask(nameless, PACE, now=START, spread=0.5) == nameless.deadline_at
+    assert due(nameless) == nameless.deadline_at
     claimed = replace(nameless, claimed_job_id="j", hint_asks=1)
-    assert next_ask(claimed, PACE, now=START, spread=0.0) == START + SECOND
+    assert due(claimed, pace=replace(PACE, interval=SECOND)) == START + SECOND
 
 
 @pytest.mark.parametrize(
     ("job_known", "awaits_callback", "after"),
-    [(True, False, 6 * SECOND), (True, True, 60 * SECOND), (False, False, HOUR), (False, True, HOUR)],
+    [(True, False, 4 * SECOND), (True, True, 60 * SECOND), (False, False, HOUR), (False, True, HOUR)],
 )
 def test_the_first_ask_waits_for_the_job_or_for_the_callback(job_known, awaits_callback, after):
     asked = first_ask(
-        PACE, now=START, deadline_at=START + HOUR, job_known=job_known, awaits_callback=awaits_callback
+        PACE, None, now=START, deadline_at=START + HOUR, job_known=job_known, awaits_callback=awaits_callback
     )
-    assert asked == START + after
+    assert asked.due_at == START + after
 
 
-@given(PACES, st.integers(0, HOUR), st.booleans(), st.booleans())
-def test_the_first_ask_is_never_later_than_the_deadline(pace, timeout, job_known, awaits_callback):
+@given(PACES, PLANS, st.integers(0, HOUR), st.booleans(), st.booleans())
+def test_the_first_ask_is_never_later_than_the_deadline(pace, plan, timeout, job_known, awaits_callback):
     deadline_at = START + timeout
     asked = first_ask(
-        pace, now=START, deadline_at=deadline_at, job_known=job_known, awaits_callback=awaits_callback
+        pace, plan, now=START, deadline_at=deadline_at, job_known=job_known, awaits_callback=awaits_callback
     )
-    assert START <= asked <= deadline_at
+    assert START <= asked.due_at <= deadline_at

@@ -24,10 +24,10 @@ from relay.generation import Status as Is
 from relay.hints import Turns
 from relay.ids import new_id
 from relay.prune import prune
-from relay.schedule import Asked
+from relay.schedule import LEAST_RATE, Asked
 from relay.store import Store, open_database, store_on
 from relay.store.events import Change, Handoff, Publication
-from relay.store.generations import Hint, Watch
+from relay.store.generations import CONSIDERED, Hint, Watch
 from relay.store.idempotency import Idempotency
 from relay.store.migrate import migrate
 
@@ -140,8 +140,9 @@ def settlement(one: Claimed, status: Status = Status.DELIVERED, **changes: Any) 
 
 def asked(generation: Generation, **changes: Any) -> Asked:
     made = Asked(
-        generation_id=generation.id, lease=generation.lease or "", at=NOW, due_at=NOW + 4 * SECOND, errors=0,
-        missing=0, hint_asks=None, hints=generation.hints, last_error=None,
+        generation_id=generation.id, lease=generation.lease or "", at=NOW, due_at=NOW + 4 * SECOND,
+        chance=0.5, rate=1e-4, open_at=None, deadline_at=generation.deadline_at, outage=generation.outage,
+        errors=0, missing=0, hint_asks=None, hints=generation.hints, last_error=None,
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -196,7 +197,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "generations": {
         "id": "gen_1", "tenant": "t", "account": "a", "provider": "p", "job_id": "j", "status": "queued",
         "metadata": "{}", "awaits_callback": 0, "late": 0, "created_at": 1, "deadline_at": 2, "due_at": 1,
-        "asks": 0, "errors": 0, "missing": 0, "hints": 0, "version": 0,
+        "chance": 0.0, "rate": 0.0, "outage": 0, "asks": 0, "errors": 0, "missing": 0, "hints": 0,
+        "version": 0,
     },
     "events": {
         "id": "evt_1", "tenant": "t", "type": "x", "generation_id": "gen_1", "announces": "completed",
@@ -215,6 +217,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "tenant": "t", "key": "k", "request_hash": "h", "resource_id": "gen_1", "status": 201,
         "created_at": 1,
     },
+    "accounts": {"name": "luma", "state": "{}", "drawn": 0, "updated_at": 1},
 }  # fmt: skip
 
 
@@ -277,6 +280,7 @@ async def test_an_impossible_row_is_refused_by_name(
         ("deliveries", {"id": "dlv_2", "event_id": "evt_9"}, "FOREIGN KEY"),
         ("attempts", {"id": "att_2"}, "UNIQUE constraint failed: attempts.delivery_id, attempts.number"),
         ("attempts", {"id": "att_2", "delivery_id": "dlv_9"}, "FOREIGN KEY"),
+        ("accounts", {"drawn": 1}, "UNIQUE constraint failed: accounts.name"),
     ],
 )
 async def test_a_second_row_of_what_there_is_once_is_refused(
@@ -634,8 +638,9 @@ async def test_an_idempotency_key_watches_once_and_a_misused_key_fails_alone(sto
     assert fine.created
 
 
-async def test_a_claim_takes_at_most_its_limit_of_what_is_due_and_earliest_first(store: Store):
-    made = [await watched(store, f"job-{n}", due_at=NOW + n) for n in range(5)]
+async def test_a_claim_takes_at_most_its_limit_of_what_is_due(store: Store):
+    # All alike: the longer one has been due, the likelier it has ended.
+    made = [await watched(store, f"job-{n}", due_at=NOW + n, chance=0.5, rate=1e-3) for n in range(5)]
     first = await claimed_generations(store, now=NOW + 3, limit=2, lease="1")
     second = await claimed_generations(store, now=NOW + 3, limit=10, lease="2")
     assert {one.id for one in first} == {one.id for one in made[:2]}
@@ -645,7 +650,10 @@ async def test_a_claim_takes_at_most_its_limit_of_what_is_due_and_earliest_first
 
 async def test_a_claim_takes_of_each_account_what_is_wanted_of_it(store: Store):
     made = {
-        account: [await watched(store, f"{account}-{n}", account=account, due_at=NOW + n) for n in range(3)]
+        account: [
+            await watched(store, f"{account}-{n}", account=account, due_at=NOW + n, rate=1e-3)
+            for n in range(3)
+        ]
         for account in ("luma", "pictory", "vivix")
     }
     claim = store.generations.claim
@@ -653,6 +661,44 @@ async def test_a_claim_takes_of_each_account_what_is_wanted_of_it(store: Store):
     assert {one.id for one in taken} == {one.id for one in (*made["luma"][:2], *made["pictory"])}
     assert {(one.lease, one.due_at) for one in taken} == {("1", NOW + DAY)}
     assert await claim({}, now=NOW + 2, lease="2", lease_until=NOW + DAY) == []
+
+
+async def test_of_what_is_due_the_likeliest_to_have_ended_is_claimed_first(store: Store):
+    likely = await watched(store, "likely", due_at=NOW + 50, chance=0.5, rate=1e-3)
+    unlikely = await watched(store, "due for longer", due_at=NOW, chance=0.1, rate=1e-3)
+    quick = await watched(store, "quick", due_at=NOW + 90, chance=0.4, rate=2e-2)
+    await watched(store, "not due", due_at=NOW + 101, chance=9.0, rate=1.0)
+    claims = [await claimed_generations(store, now=NOW + 100, limit=1, lease=f"{n}") for n in range(4)]
+    # By now 0.6, 0.55 and 0.2.
+    assert [[one.id for one in claim] for claim in claims] == [[quick.id], [likely.id], [unlikely.id], []]
+
+
+async def test_what_can_hardly_have_ended_is_claimed_in_the_end_however_much_likelier_others_are(
+    store: Store,
+):
+    patient = await watched(store, "patient", due_at=NOW, chance=0.0, rate=LEAST_RATE)
+    now, claimed = NOW, []
+    while patient.id not in claimed and now < NOW + DAY:
+        now += 600 * SECOND
+        await watched(store, f"job-{now}", due_at=now, chance=0.5, rate=1e-3)
+        wanted = {"luma": 1}
+        [one] = await store.generations.claim(wanted, now=now, lease="1", lease_until=now + 9 * DAY)
+        claimed.append(one.id)
+    assert claimed[-1] == patient.id
+    assert len(claimed) > 5, "others were likelier for a while"
+
+
+async def test_likeliness_is_compared_among_those_that_have_been_due_longest(store: Store):
+    wishes = [
+        Watch(a_generation(f"job-{n}", due_at=NOW + n, chance=0.1, rate=1e-9)) for n in range(CONSIDERED + 1)
+    ]
+    last = wishes[-1].generation
+    wishes[-1] = Watch(replace(last, chance=9.0))
+    await store.generations.create(wishes)
+    first = await claimed_generations(store, now=NOW + DAY, limit=CONSIDERED, lease="1")
+    assert last.id not in {one.id for one in first} and len(first) == CONSIDERED
+    second = await claimed_generations(store, now=NOW + DAY - 1, limit=CONSIDERED, lease="2")
+    assert [one.id for one in second] == [last.id]
 
 
 async def test_what_is_overdue_is_claimed_of_whichever_account_the_latest_first(store: Store):
@@ -671,6 +717,31 @@ async def test_what_is_overdue_is_claimed_of_whichever_account_the_latest_first(
     assert [one.id for one in second] == [late[2].id]
     assert {(one.lease, one.due_at) for one in first} == {("1", NOW + DAY)}
     assert await claim(now=NOW + 3, limit=9, lease="3", lease_until=NOW + DAY) == []
+
+
+async def test_what_is_overdue_at_accounts_that_are_spared_is_left_alone(store: Store):
+    made = {
+        name: await watched(store, account=name, deadline_at=NOW, due_at=NOW) for name in ("luma", "vivix")
+    }
+    claim, until = store.generations.claim_overdue, NOW + DAY
+    spared = ["vivix", "not configured"]
+    taken = await claim(now=NOW, limit=9, lease="1", lease_until=until, spared=spared)
+    assert [one.id for one in taken] == [made["luma"].id]
+    assert await the(store, made["vivix"]) == made["vivix"]
+    taken = await claim(now=NOW, limit=9, lease="2", lease_until=until, spared=[])
+    assert [one.id for one in taken] == [made["vivix"].id]
+
+
+async def test_the_last_that_ended_at_an_account_are_read_in_the_order_of_their_ends(store: Store):
+    made = [await watched(store, f"job-{n}") for n in range(4)]
+    await watched(store, "still open")
+    await announced(store, await watched(store, "elsewhere", account="vivix"), now=NOW)
+    for n in (2, 0, 3, 1):
+        await announced(store, made[n], BROKEN if n else LATE, now=NOW + n)
+    ended = await store.generations.ended("luma", limit=3)
+    assert [(one.id, one.known_at) for one in ended] == [(made[n].id, NOW + n) for n in (1, 2, 3)]
+    assert len(await store.generations.ended("luma", limit=9)) == 4
+    assert await store.generations.ended("nobody's", limit=9) == []
 
 
 async def test_a_claim_that_nobody_finishes_comes_due_again(store: Store):
@@ -704,13 +775,22 @@ async def test_an_ask_is_written_under_its_lease_only(store: Store):
     before = await store.generations.get(TENANT, held.id)
     await store.events.record([], [asked(stale)], NOTHING_HANDED_OVER, now=NOW)
     assert await store.generations.get(TENANT, held.id) == before
-    report = asked(held, errors=2, missing=1, hint_asks=3, last_error="why")
-    await store.events.record([], [report], NOTHING_HANDED_OVER, now=NOW)
+    changes = {
+        "errors": 2, "missing": 1, "hint_asks": 3, "last_error": "why", "due_at": NOW + 4 * SECOND,
+        "chance": 0.25, "rate": 0.125, "open_at": NOW - 1, "deadline_at": NOW + DAY, "outage": 7,
+    }  # fmt: skip
+    await store.events.record([], [asked(held, **changes)], NOTHING_HANDED_OVER, now=NOW)
     after = await store.generations.get(TENANT, held.id)
-    assert after == replace(
-        held, lease=None, asked_at=NOW, due_at=NOW + 4 * SECOND, asks=1, errors=2, missing=1, hint_asks=3,
-        last_error="why",
-    )  # fmt: skip
+    assert after == replace(held, lease=None, asked_at=NOW, asks=1, **changes)
+
+
+async def test_when_it_was_last_seen_unended_is_kept_by_an_ask_that_saw_nothing(store: Store):
+    made = await watched(store, due_at=NOW)
+    for open_at, kept in ((None, None), (NOW + 5, NOW + 5), (None, NOW + 5), (NOW + 9, NOW + 9)):
+        claimed = await store.generations.claim_one(made.id, lease="1", lease_until=NOW + DAY)
+        assert claimed is not None
+        await store.events.record([], [asked(claimed, open_at=open_at)], NOTHING_HANDED_OVER, now=NOW)
+        assert (await the(store, made)).open_at == kept
 
 
 async def test_a_hint_makes_it_due_at_once_but_a_second_after_the_last_ask(store: Store):
@@ -1487,6 +1567,45 @@ async def test_deliveries_are_listed_by_every_status(store: Store, status: Statu
     assert [(one.id, one.status) for one in found] == [(expected[status], status)]
 
 
+# Accounts.
+
+
+async def test_how_accounts_stood_comes_back_as_it_was_kept_last(store: Store):
+    assert await store.accounts.states() == {}
+    await store.accounts.keep({"luma": {"budget": {"used": 1}}, "vivix": {"health": [1, None]}}, now=NOW)
+    await store.accounts.keep({"luma": {"budget": {"used": 2.5}}}, now=NOW + 1)
+    await store.accounts.keep({}, now=NOW + 2)
+    assert await store.accounts.states() == {
+        "luma": {"budget": {"used": 2.5}},
+        "vivix": {"health": [1, None]},
+    }
+    kept = await rows(store, "SELECT name, drawn, updated_at FROM accounts ORDER BY name")
+    assert kept == [
+        {"name": "luma", "drawn": 0, "updated_at": NOW + 1},
+        {"name": "vivix", "drawn": 0, "updated_at": NOW},
+    ]
+
+
+async def test_a_request_that_somebody_else_made_is_told_once(store: Store):
+    assert await store.accounts.drawn() == {}
+    await store.accounts.keep({"luma": {"a": 1}}, now=NOW)
+    for name in ("luma", "vivix", "luma"):
+        await store.accounts.draw(name, now=NOW)
+    assert await store.accounts.drawn() == {"luma": 2, "vivix": 1}
+    assert await store.accounts.drawn() == {}
+    await store.accounts.draw("luma", now=NOW)
+    assert await store.accounts.drawn() == {"luma": 1}
+
+
+async def test_drawing_and_keeping_leave_each_other_alone(store: Store):
+    await store.accounts.draw("luma", now=NOW)
+    await store.accounts.keep({"luma": {"a": 1}}, now=NOW)
+    await store.accounts.draw("luma", now=NOW)
+    assert await store.accounts.states() == {"luma": {"a": 1}}
+    assert await store.accounts.drawn() == {"luma": 2}
+    assert await store.accounts.states() == {"luma": {"a": 1}}
+
+
 # No query reads more of a big table than it must.
 
 BIG = {"generations", "events", "deliveries", "attempts", "e", "d", "a", "newer"}
@@ -1592,6 +1711,14 @@ QUERIES: dict[str, tuple[Callable[[Store], Awaitable[object]], set[str]]] = {
         lambda store: store.generations.claim_overdue(limit=9, **CLAIM),
         {"SEARCH generations (deadline_at<?)"},
     ),
+    "claim what is overdue but at some accounts": (
+        lambda store: store.generations.claim_overdue(limit=9, spared=["b", "c"], **CLAIM),
+        {"SEARCH generations (deadline_at<?)"},
+    ),
+    "what ended at an account": (
+        lambda store: store.generations.ended("a", limit=9),
+        {"SEARCH generations (account=? AND known_at>?)"},
+    ),
     "disable an endpoint": (
         lambda store: store.endpoints.disable(TENANT, "ep_1", reason="why", now=NOW),
         {"SEARCH deliveries (destination=? AND due_at>?)"},
@@ -1654,6 +1781,19 @@ async def test_writing_what_happened_looks_everything_up(store: Store, explainin
     assert explaining.plan != []
     # Of the foreign key, and of what an ending takes the place of.
     assert explaining.reads <= {"SEARCH deliveries (event_id=?)", "SEARCH events (generation_id=?)"}
+
+
+async def test_the_last_ends_of_an_account_come_in_the_order_of_their_index(explaining: Explaining):
+    await store_on(explaining).generations.ended("a", limit=9)
+    assert explaining.plan == ["SEARCH generations USING INDEX generations_ended (account=? AND known_at>?)"]
+
+
+async def test_of_what_is_due_only_what_is_considered_is_sorted(explaining: Explaining):
+    await store_on(explaining).generations.claim({"a": 9}, **CLAIM)
+    waiting = explaining.plan.index("SEARCH generations USING INDEX generations_due (account=? AND due_at<?)")
+    assert explaining.plan[waiting - 1].endswith(" waiting")
+    assert explaining.plan.count("USE TEMP B-TREE FOR ORDER BY") == 1
+    assert explaining.plan.index("SCAN waiting") > waiting
 
 
 @pytest.mark.parametrize(
