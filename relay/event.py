@@ -1,14 +1,15 @@
 """An event is the immutable fact that is announced; its id is the `webhook-id`."""
 
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from relay.body import compact
 from relay.generation import Generation, Output, Status
 from relay.ids import new_id
-from relay.times import rfc3339
+from relay.times import parse_rfc3339, rfc3339
 
 TYPE = re.compile(r"[a-zA-Z0-9_]+(\.[a-zA-Z0-9_]+)*")
 ENDINGS = {
@@ -26,7 +27,8 @@ RESERVED = ("generation.", "endpoint.", "account.")
 @dataclass(frozen=True, slots=True)
 class Event:
     """`body` is what is signed, sent and stored, byte for byte. `ending` is the generation's status that
-    this event announces, `source_id` its publisher's own name for it: the database takes each only once."""
+    this event announces, `source_id` its publisher's own name for it: the database takes each only once.
+    `expires_at` is when the first of its outputs' URLs stops to work, None when there is nothing to renew."""
 
     id: str
     tenant: str
@@ -37,6 +39,7 @@ class Event:
     account: str | None = None
     ending: str | None = None
     source_id: str | None = None
+    expires_at: int | None = None
 
 
 def ending(generation: Generation, *, now: int) -> Event:
@@ -52,7 +55,30 @@ def ending(generation: Generation, *, now: int) -> Event:
         generation_id=generation.id,
         account=generation.account,
         ending=generation.status.value,
+        expires_at=_first_expiry(generation.update.outputs if generation.update else ()),
     )
+
+
+def renewed(event: Event, outputs: Sequence[Output], *, by: int, now: int) -> Event:
+    """The same event with what its provider gives now, if any of that outlives `by`; otherwise with what it
+    had. URLs that do not live so long are marked, and nobody waits for them any more."""
+    content = json.loads(event.body)
+    data = content["data"]
+    if any(one.expires_at is None or one.expires_at > by for one in outputs):
+        data["outputs"] = [_output(one) for one in outputs]
+        data["refreshed_at"] = rfc3339(now)
+    left = []
+    for output in data["outputs"]:
+        expires_at = parse_rfc3339(output["expires_at"])
+        if expires_at is not None and expires_at <= by:
+            output["expired"] = True
+        elif expires_at is not None:
+            left.append(expires_at)
+    return replace(event, body=compact(content), expires_at=min(left, default=None))
+
+
+def _first_expiry(outputs: Sequence[Output]) -> int | None:
+    return min((one.expires_at for one in outputs if one.expires_at is not None), default=None)
 
 
 def test(tenant: str, endpoint_id: str, *, now: int) -> Event:

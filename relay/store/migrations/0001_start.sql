@@ -95,6 +95,7 @@ CREATE TABLE events (
     ending TEXT,
     source_id TEXT,
     body BYTEA NOT NULL,
+    expires_at BIGINT,
     created_at BIGINT NOT NULL,
     CONSTRAINT each_ending_is_announced_once UNIQUE (generation_id, ending),
     CONSTRAINT a_publisher_names_an_event_once UNIQUE (source_id, tenant)
