@@ -15,11 +15,13 @@ from relay.batch import Batch
 from relay.callback import Callbacks
 from relay.config import Settings, accounts
 from relay.deliver import Deliverer
+from relay.generation import Update
 from relay.guard import Guard
 from relay.ids import new_id
 from relay.ingest import Ingest
 from relay.poll import Poller
 from relay.prune import prune
+from relay.renew import Renewer
 from relay.sender import Sender
 from relay.server import Server, bind, origin
 from relay.store import Store, open_database, store_on
@@ -145,6 +147,10 @@ def _assemble(
     settings: Settings, store: Store, asker: Asker, sender: Sender, *, now: Callable[[], int]
 ) -> Relay:
     configured = accounts(settings)
+
+    async def look(account_name: str, job_id: str) -> Update:
+        return await poller.look(account_name, job_id)
+
     deliverer = Deliverer(
         store,
         sender,
@@ -152,9 +158,11 @@ def _assemble(
         timeout=settings.delivery.timeout,
         concurrency=settings.delivery.concurrency,
         endpoint_concurrency=settings.delivery.endpoint_concurrency,
+        renew=Renewer(store, look=look, now=now).renew,
         now=now,
     )
     ingest = Ingest(store, handoff=deliverer.handoff, accept=deliverer.accept, now=now)
+    poller = Poller(store, asker, configured, record=ingest.record, now=now)
 
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
         await store.generations.hint(hints, now=now())
@@ -167,7 +175,7 @@ def _assemble(
         callbacks=Callbacks(settings.origin, settings.secret_key),
         ingest=ingest,
         asker=asker,
-        poller=Poller(store, asker, configured, record=ingest.record, now=now),
+        poller=poller,
         deliverer=deliverer,
         watch=Batch(store.generations.create),
         hint=Batch(hint),

@@ -145,6 +145,21 @@ class Poller:
         budget.take(now)
         return await self._ask(claimed, LearnedBy.REFRESH)
 
+    async def look(self, account_name: str, job_id: str) -> Update:
+        """What the provider says about a job now; it is nobody's news yet.
+
+        Raises Conflict when the account is not configured, Limited when its budget is used up, ProviderError
+        when the provider cannot be asked or read.
+        """
+        account = self._accounts.get(account_name)
+        if account is None:
+            raise Conflict(f"account {account_name!r} is not configured any more")
+        budget, now = self._budgets[account_name], self._now()
+        if wait := budget.wait(now):
+            raise Limited("this account's requests are used up for the moment", retry_after=wait)
+        budget.take(now)
+        return await self._asker.ask(account, job_id)
+
     def stop_claiming(self) -> None:
         """What is under way goes on."""
         self._stopping = True

@@ -184,7 +184,7 @@ def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _models(operations: Sequence[Operation]) -> list[tuple[type[BaseModel], Any]]:
     found: dict[tuple[type[BaseModel], Any], None] = {
-        (r.GenerationData, "serialization"): None,
+        (r.AnnouncedGeneration, "serialization"): None,
         (r.HealthResource, "serialization"): None,
     }
     for operation in operations:
@@ -278,7 +278,7 @@ def _webhooks(names: Mapping[Any, Any]) -> dict[str, Any]:
         if status.value != "completed":
             ended["outputs"] = []
         example = {"type": type_, "timestamp": _EXAMPLE["completed_at"], "data": ended}
-        webhooks[type_] = _webhook(type_, names[(r.GenerationData, "serialization")], example)
+        webhooks[type_] = _webhook(type_, names[(r.AnnouncedGeneration, "serialization")], example)
     for type_, data in _OPERATIONAL.items():
         example = {"type": type_, "timestamp": _EXAMPLE["completed_at"], "data": data}
         properties = {name: {"type": "string"} for name in data}
