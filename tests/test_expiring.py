@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -19,13 +20,18 @@ from starlette.routing import Route
 
 from relay import event, signature
 from relay.body import compact
-from relay.generation import Output
+from relay.delivery import Status
+from relay.generation import Output, Update
 from relay.providers import expiry, output
+from relay.renew import AT_ONCE, Renewer
+from relay.store import Store
+from relay.store.migrate import migrate
 from relay.times import parse_rfc3339, rfc3339
 from tests.conftest import RunningRelay, World
 from tests.serving import Received, serving
 from tests.test_openapi import JSON as JSON_TYPE
 from tests.test_openapi import complaints, document_of
+from tests.test_store import DONE, TENANT, announced, opened, watched
 
 NOW = 1_800_000_000_000
 HOUR = 3600
@@ -337,6 +343,9 @@ async def test_a_provider_that_hangs_delays_nothing_else_and_no_stop(world: Worl
             await world.subscriber.got(2)
             begun = time.monotonic()
         assert time.monotonic() - begun < 5
+        async with opened(world.directory / "relay.db") as store:
+            given_back = await store.deliveries.get(TENANT, delivery["id"])
+            assert given_back is not None and given_back.status is Status.PENDING
         gate.set()
         relay = await world.relay(**changes)
         *_, third = await world.subscriber.got(3)
@@ -346,10 +355,80 @@ async def test_a_provider_that_hangs_delays_nothing_else_and_no_stop(world: Worl
         assert sorted(one["attempt_count"] for one in found) == [1, 2]
 
 
+# Who asks.
+
+
+@asynccontextmanager
+async def expired_events(path: Path, jobs: Sequence[str]) -> AsyncIterator[tuple[Store, list[str]]]:
+    """A store with one event for each job, all of whose outputs expire at NOW."""
+    async with opened(path / "relay.db") as store:
+        await migrate(store.database, now=NOW)
+        expiring = replace(DONE, outputs=(Output("https://a.test/1.png", expires_at=NOW),))
+        yield store, [(await announced(store, await watched(store, job), expiring))[0].id for job in jobs]
+
+
+async def test_an_event_that_was_renewed_is_not_asked_about_by_its_other_deliveries(tmp_path: Path):
+    asked, gate = [], asyncio.Event()
+
+    async def look(account: str, job_id: str) -> Update:
+        asked.append((account, job_id))
+        await gate.wait()
+        return replace(DONE, outputs=(Output("https://a.test/2.png", expires_at=NOW + HOUR),))
+
+    async with expired_events(tmp_path, ["a"]) as (store, [id_]):
+        renewer = Renewer(store, look=look, now=lambda: NOW)
+        together = [asyncio.create_task(renewer.renew(id_, NOW)) for _ in range(10)]
+        gate.set()
+        assert await asyncio.gather(*together) == [True] * 10
+        assert await renewer.renew(id_, NOW + HOUR - 1)
+        assert asked == [("luma", "a")]
+        assert await renewer.renew(id_, NOW + HOUR)
+        assert len(asked) == 2
+
+
+async def test_an_account_that_hangs_is_asked_about_so_many_events_at_once(tmp_path: Path):
+    full, gate, under_way = asyncio.Event(), asyncio.Event(), 0
+
+    async def look(account: str, job_id: str) -> Update:
+        nonlocal under_way
+        under_way += 1
+        if under_way == AT_ONCE:
+            full.set()
+        await gate.wait()
+        return DONE
+
+    async with expired_events(tmp_path, [f"job-{n}" for n in range(AT_ONCE + 1)]) as (store, ids):
+        renewer = Renewer(store, look=look, now=lambda: NOW)
+        waiting = [asyncio.create_task(renewer.renew(id_, NOW)) for id_ in ids[:-1]]
+        await asyncio.wait_for(full.wait(), 10)
+        assert await renewer.renew(ids[-1], NOW) is False
+        gate.set()
+        assert await asyncio.gather(*waiting) == [True] * AT_ONCE
+        assert await renewer.renew(ids[-1], NOW)
+        assert under_way == AT_ONCE + 1
+
+
+async def test_a_delivery_that_stops_waiting_does_not_make_the_others_wait_for_ever(tmp_path: Path):
+    reached = asyncio.Event()
+
+    async def look(account: str, job_id: str) -> Update:
+        reached.set()
+        await asyncio.Event().wait()
+        return DONE
+
+    async with expired_events(tmp_path, ["a"]) as (store, [id_]):
+        renewer = Renewer(store, look=look, now=lambda: NOW)
+        first = asyncio.create_task(renewer.renew(id_, NOW))
+        await asyncio.wait_for(reached.wait(), 10)
+        second = asyncio.create_task(renewer.renew(id_, NOW))
+        first.cancel()
+        assert await asyncio.wait_for(second, 10) is False
+
+
 # What is written into the event.
 
 
-def announced(outputs: Sequence[Output], **more: Any) -> event.Event:
+def an_announcement(outputs: Sequence[Output], **more: Any) -> event.Event:
     data = {"outputs": [event._output(one) for one in outputs], **more}
     ends = [one.expires_at for one in outputs if one.expires_at is not None]
     body = event.envelope("generation.completed", rfc3339(NOW), data)
@@ -364,7 +443,7 @@ def outputs_of(one: event.Event) -> list[tuple[str, bool]]:
 
 
 def test_only_what_has_expired_is_marked_and_the_next_expiry_is_remembered():
-    after = event.renewed(announced(OLD), (), by=NOW, now=NOW)
+    after = event.renewed(an_announcement(OLD), (), by=NOW, now=NOW)
     assert outputs_of(after) == [("https://a.test/1", True), ("https://a.test/2", False)]
     assert after.expires_at == NOW + HOUR
     over = event.renewed(after, (), by=NOW + HOUR, now=NOW)
@@ -374,13 +453,13 @@ def test_only_what_has_expired_is_marked_and_the_next_expiry_is_remembered():
 
 def test_urls_that_have_expired_again_are_no_fresh_ones():
     fresh = [Output("https://a.test/3", expires_at=NOW)]
-    after = event.renewed(announced(OLD), fresh, by=NOW, now=NOW)
+    after = event.renewed(an_announcement(OLD), fresh, by=NOW, now=NOW)
     assert outputs_of(after) == [("https://a.test/1", True), ("https://a.test/2", False)]
     assert "refreshed_at" not in json.loads(after.body)["data"]
 
 
 def test_a_fresh_url_that_does_not_expire_ends_the_matter():
-    after = event.renewed(announced(OLD), [Output("https://a.test/3")], by=NOW, now=NOW)
+    after = event.renewed(an_announcement(OLD), [Output("https://a.test/3")], by=NOW, now=NOW)
     assert outputs_of(after) == [("https://a.test/3", False)]
     assert after.expires_at is None
     assert json.loads(after.body)["data"]["refreshed_at"] == rfc3339(NOW)
@@ -401,7 +480,7 @@ JSON = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(metadata=JSON, raw=JSON)
 def test_everything_else_stays_byte_for_byte(metadata: Any, raw: Any):
-    before = announced(OLD, metadata=metadata, raw=raw)
+    before = an_announcement(OLD, metadata=metadata, raw=raw)
     fresh = Output("https://a.test/3", expires_at=NOW + HOUR)
     after = event.renewed(before, [fresh], by=NOW, now=NOW)
     old, new = (compact([event._output(one) for one in outputs]) for outputs in (OLD, [fresh]))
