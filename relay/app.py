@@ -148,8 +148,8 @@ def _assemble(
 ) -> Relay:
     configured = accounts(settings)
 
-    async def look(account_name: str, job_id: str) -> Update:
-        return await poller.look(account_name, job_id)
+    async def look(account: str, job_id: str) -> Update:
+        return await poller.look(account, job_id)
 
     deliverer = Deliverer(
         store,

@@ -11,7 +11,7 @@ from typing import Literal
 from uuid import uuid4
 
 from relay.asker import Asker
-from relay.errors import Conflict, Limited, ProviderError, StoreError
+from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
 from relay.generation import ENDINGS, OPEN, Code, Generation, LearnedBy, Update
 from relay.providers import Account
 from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Asked, Report, next_ask
@@ -145,20 +145,19 @@ class Poller:
         budget.take(now)
         return await self._ask(claimed, LearnedBy.REFRESH)
 
-    async def look(self, account_name: str, job_id: str) -> Update:
-        """What the provider says about a job now; it is nobody's news yet.
+    async def look(self, account: str, job_id: str) -> Update:
+        """What the provider says about a job now, for one request of the account's budget.
 
-        Raises Conflict when the account is not configured, Limited when its budget is used up, ProviderError
-        when the provider cannot be asked or read.
+        Raises NotFound for an account that is not configured, Limited when its budget is used up,
+        ProviderError when the provider cannot be asked.
         """
-        account = self._accounts.get(account_name)
-        if account is None:
-            raise Conflict(f"account {account_name!r} is not configured any more")
-        budget, now = self._budgets[account_name], self._now()
+        if account not in self._accounts:
+            raise NotFound(f"account {account!r} is not configured")
+        budget, now = self._budgets[account], self._now()
         if wait := budget.wait(now):
             raise Limited("this account's requests are used up for the moment", retry_after=wait)
         budget.take(now)
-        return await self._asker.ask(account, job_id)
+        return await self._asker.ask(self._accounts[account], job_id)
 
     def stop_claiming(self) -> None:
         """What is under way goes on."""

@@ -5,7 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
-from relay.errors import Conflict, Limited, ProviderError
+from relay.errors import Limited, NotFound, ProviderError
 from relay.event import Event, renewed
 from relay.generation import ENDINGS, Output, Status, Update
 from relay.store import Store
@@ -69,7 +69,7 @@ class Renewer:
         self._asking[account] += 1
         try:
             update = await self._look(account, job_id)
-        except Conflict:
+        except NotFound:
             return ()
         except (Limited, ProviderError) as error:
             log.info("event.not_renewed", extra={"event_id": event.id, "error": str(error)})
