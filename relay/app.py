@@ -15,6 +15,7 @@ from relay.batch import Batch
 from relay.callback import Callbacks
 from relay.config import Settings, accounts
 from relay.deliver import Deliverer
+from relay.generation import Update
 from relay.guard import Guard
 from relay.health import Health, Status
 from relay.hints import Turns
@@ -23,6 +24,7 @@ from relay.ingest import Ingest
 from relay.poll import Poller
 from relay.providers import Account
 from relay.prune import prune
+from relay.renew import Renewer
 from relay.sender import Sender
 from relay.server import Server, bind, origin
 from relay.store import Store, open_database, store_on
@@ -149,6 +151,10 @@ def _assemble(
     settings: Settings, store: Store, asker: Asker, sender: Sender, *, now: Callable[[], int]
 ) -> Relay:
     configured = accounts(settings)
+
+    async def look(account: str, job_id: str) -> Update:
+        return await poller.look(account, job_id)
+
     deliverer = Deliverer(
         store,
         sender,
@@ -156,6 +162,7 @@ def _assemble(
         timeout=settings.delivery.timeout,
         concurrency=settings.delivery.concurrency,
         endpoint_concurrency=settings.delivery.endpoint_concurrency,
+        renew=Renewer(store, look=look, now=now).renew,
         now=now,
     )
     ingest = Ingest(
@@ -176,6 +183,7 @@ def _assemble(
             change = event.account_failing(*about, health.last_error or "", now=now())
         await ingest.announce([change])
 
+    poller = Poller(store, asker, configured, record=ingest.record, changed=account_changed, now=now)
     turns = {name: Turns(account.requests_per_minute) for name, account in configured.items()}
 
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
@@ -189,7 +197,7 @@ def _assemble(
         callbacks=Callbacks(settings.origin, settings.secret_key),
         ingest=ingest,
         asker=asker,
-        poller=Poller(store, asker, configured, record=ingest.record, changed=account_changed, now=now),
+        poller=poller,
         deliverer=deliverer,
         watch=Batch(store.generations.create),
         hint=Batch(hint),

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from uuid import uuid4
@@ -37,6 +37,8 @@ LANES_KEPT = 10_000
 # Endpoints that have not answered well of late share half of all slots, and each has few of them once a
 # quarter of that half is taken.
 OVERDUE, UNPROVEN_SLOTS = 1_000, 2
+# How long at least a delivery waits for fresh URLs when its provider cannot give them now.
+POSTPONED = 60_000
 # While fresh work waits, one in so many of a lane's attempts is a retry.
 RETRIES_TURN = 5
 
@@ -106,7 +108,10 @@ class Lane:
 class Deliverer:
     """Sends what is handed over and what comes due: round-robin over destinations, at most
     `endpoint_concurrency` at once to one and `concurrency` in all, a quarter of it kept for first
-    attempts. Times are milliseconds."""
+    attempts. Times are milliseconds.
+
+    `renew` is asked about an event whose URLs would be dead by a time: whether it may be sent as it is stored
+    now. Until then its delivery is given back."""
 
     def __init__(
         self,
@@ -117,19 +122,22 @@ class Deliverer:
         timeout: int,
         concurrency: int,
         endpoint_concurrency: int,
+        renew: Callable[[str, int], Awaitable[bool]],
         now: Callable[[], int],
     ) -> None:
-        self._store, self._sender, self._now = store, sender, now
+        self._store, self._sender, self._renewal, self._now = store, sender, renew, now
         self._schedule, self._timeout = schedule, timeout
         self._concurrency, self._most = concurrency, endpoint_concurrency
         self._retry_slots = max(1, concurrency * 3 // 4)
         self._unproven_slots = max(1, concurrency // 2)
         self._settle: Batch[Settlement, None] = Batch(self._write)
+        self._give_back: Batch[tuple[Claimed, int], None] = Batch(self._postpone)
         self._lanes: dict[str, Lane] = {}
         self._ready: deque[str] = deque()
         self._parked: dict[str, None] = {}
         self._held = self._held_bytes = self._sending = self._retrying = self._unproven = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._renewing: dict[asyncio.Task[None], Claimed] = {}
         self._claiming = asyncio.Lock()
         self._swept_to = ""
         self._woken = self._stopping = False
@@ -227,6 +235,9 @@ class Deliverer:
             pass  # the last tick, if one is at it, has given back what it claimed
         self._ready.clear()
         unsent = [one for lane in self._lanes.values() for one in self._empty(lane)]
+        for task, one in self._renewing.items():
+            task.cancel()
+            unsent.append(one)
         if unsent:
             await self._store.deliveries.release(unsent, now=self._now())
         while self._tasks:
@@ -306,9 +317,13 @@ class Deliverer:
                 self._parked[name] = None
                 continue
             self._parked.pop(name, None)
-            if self._is_too_late(one):
+            dies = one.expires_at is not None and one.expires_at <= self._deadline()
+            if dies or self._is_too_late(one):
                 self._held -= 1
                 self._held_bytes -= len(one.body)
+                if dies:
+                    one = replace(one, body=b"")
+                    self._renewing[self._spawn(self._renew(one))] = one
                 self._offer(name, lane)
                 continue
             lane.sending += 1
@@ -322,16 +337,28 @@ class Deliverer:
             self._spawn(self._attempt(name, lane, one, unproven=unproven))
             self._offer(name, lane)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._renewing.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             # The lease brings the delivery back; the loop goes on.
             log.error("delivery.failed: %s", error, exc_info=error)
+
+    async def _renew(self, one: Claimed) -> None:
+        """Nothing is held meanwhile, no slot and no body: a provider that hangs delays nobody's deliveries.
+
+        The delivery is read anew then, so that what is sent is what is stored."""
+        is_fit = await self._renewal(one.event_id, self._deadline())
+        pause = 0 if is_fit else round(POSTPONED * (1 + _spread()))
+        await self._give_back((one, self._now() + pause))
+        if is_fit:
+            self.wake()
 
     async def _attempt(self, name: str, lane: Lane, one: Claimed, *, unproven: bool) -> None:
         answer = news = None
@@ -379,7 +406,11 @@ class Deliverer:
 
     def _is_too_late(self, one: Claimed) -> bool:
         """Whether it waited too long here: it comes due again by itself, and may be another's by then."""
-        return self._now() + self._timeout + MARGIN > one.lease_until
+        return self._deadline() > one.lease_until
+
+    def _deadline(self) -> int:
+        """When an attempt that begins now is certainly over."""
+        return self._now() + self._timeout + MARGIN
 
     def _unpark(self) -> None:
         """One attempt has ended: whoever waits for a slot of its kind may try again, two at a time."""
@@ -411,6 +442,10 @@ class Deliverer:
         for endpoint_id in await self._store.deliveries.settle(settlements, now=self._now()):
             self.forget(endpoint_id)
         return [None] * len(settlements)
+
+    async def _postpone(self, postponed: Sequence[tuple[Claimed, int]]) -> Sequence[None]:
+        await self._store.deliveries.postpone(postponed)
+        return [None] * len(postponed)
 
 
 def _is_retry(one: Claimed) -> bool:

@@ -98,6 +98,7 @@ class Claimed:
     lease_until: int
     headers: Mapping[str, str] = field(default_factory=dict)
     rate_limit: float | None = None  # attempts a second
+    expires_at: int | None = None  # when the first URL in the body stops to work
 
     @property
     def destination(self) -> str:

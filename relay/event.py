@@ -1,14 +1,15 @@
 """An event is the immutable fact that is announced; its id is the `webhook-id`."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from relay.body import compact
 from relay.generation import Generation, Output, Status
 from relay.ids import new_id
-from relay.times import rfc3339
+from relay.times import parse_rfc3339, rfc3339
 
 TYPE = re.compile(r"[a-zA-Z0-9_]+(\.[a-zA-Z0-9_]+)*")
 ENDINGS = {
@@ -37,7 +38,8 @@ RESERVED = ("generation.", "endpoint.", "account.")
 class Event:
     """`body` is what is signed, sent and stored, byte for byte. `announces` is what a generation is said to
     be only once (a status, or `unknown_status`), `source_id` its publisher's own name for the event: the
-    database takes each only once."""
+    database takes each only once. `expires_at` is when the first of its outputs' URLs stops to work, None
+    when there is nothing to renew."""
 
     id: str
     tenant: str
@@ -48,6 +50,7 @@ class Event:
     account: str | None = None
     announces: str | None = None
     source_id: str | None = None
+    expires_at: int | None = None
 
 
 def news(before: Generation, after: Generation, *, now: int, progress_interval: int) -> Sequence[Event]:
@@ -91,6 +94,9 @@ def _of(
         generation_id=generation.id,
         account=generation.account,
         announces=announces,
+        expires_at=_first_expiry(generation.update.outputs)
+        if generation.ended and generation.update
+        else None,
     )
 
 
@@ -98,6 +104,29 @@ def _says_an_unknown_word(before: Generation, after: Generation) -> bool:
     said = before.update.provider_status if before.update is not None else None
     update = after.update
     return update is not None and update.status is None and update.provider_status != said
+
+
+def renewed(event: Event, outputs: Sequence[Output], *, by: int, now: int) -> Event:
+    """The same event with what its provider gives now, if any of that outlives `by`; otherwise with what it
+    had. URLs that do not live so long are marked, and nobody waits for them any more."""
+    content = json.loads(event.body)
+    data = content["data"]
+    if any(one.expires_at is None or one.expires_at > by for one in outputs):
+        data["outputs"] = [_output(one) for one in outputs]
+        data["refreshed_at"] = rfc3339(now)
+    left = []
+    for output in data["outputs"]:
+        expires_at = parse_rfc3339(output["expires_at"])
+        if expires_at is not None and expires_at <= by:
+            output["expired"] = True
+        elif expires_at is not None:
+            left.append(expires_at)
+    return replace(event, body=compact(content), expires_at=min(left, default=None))
+
+
+def _first_expiry(generation: Generation) -> int | None:
+    outputs = generation.update.outputs if generation.ended and generation.update else ()
+    return min((one.expires_at for one in outputs if one.expires_at is not None), default=None)
 
 
 def test(tenant: str, endpoint_id: str, *, now: int) -> Event:

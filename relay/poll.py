@@ -126,12 +126,16 @@ class Poller:
     async def look(self, account: str, job_id: str) -> Update:
         """What the provider says about a job now, for one request of the account's budget.
 
-        Raises NotFound for an account that is not configured, Limited when its budget is used up,
-        ProviderError when the provider cannot be asked.
+        Raises NotFound for an account that is not configured, Limited when its budget is used up or its
+        provider is only probed, ProviderError when the provider cannot be asked.
         """
         if account not in self._accounts:
             raise NotFound(f"account {account!r} is not configured")
-        budget, now = self.standings[account].budget, self._now()
+        standing, now = self.standings[account], self._now()
+        if not standing.health.may_ask(now):
+            wait = standing.health.paused_until - now
+            raise Limited("this account is not asked for the moment", retry_after=wait)
+        budget = standing.budget
         _check(budget, now)
         budget.take(now)
         return await self._look(self._accounts[account], job_id)

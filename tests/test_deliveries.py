@@ -107,7 +107,7 @@ async def test_retries_follow_the_schedule_with_up_to_a_fifth_of_jitter_and_end_
     relay = await world.relay(delivery={"timeout": "2s"})
     await world.endpoint(relay)
     world.subscriber.answer(500, content=b"oops")
-    await world.watch(relay, "luma", duration=0)
+    await world.watch(relay, "vivix", duration=0)
     for number, pause in enumerate(SCHEDULE, start=1):
         shown = await only_delivery(relay, lambda one, number=number: one["attempt_count"] == number)
         assert shown["status"] == "pending"

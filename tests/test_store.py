@@ -1267,6 +1267,23 @@ async def test_settling_logs_the_attempt_and_moves_the_delivery(store: Store):
     assert (again.attempts, again.run_attempts) == (1, 1)
 
 
+async def test_postponed_deliveries_are_due_each_at_its_time_and_only_by_their_lease(store: Store):
+    await registered(store)
+    await registered(store)
+    await announced(store, await watched(store))
+    first, second = await claimed_deliveries(store)
+    third = replace(first, lease="of somebody else")
+    await store.deliveries.postpone([(third, NOW), (first, NOW + 5), (second, NOW + 9)])
+    for one, due_at in ((first, NOW + 5), (second, NOW + 9)):
+        shown = await store.deliveries.get(TENANT, one.id)
+        assert shown is not None
+        assert (shown.status, shown.due_at, shown.attempts) == (Status.PENDING, due_at, 0)
+    await store.deliveries.postpone([(first, NOW)])
+    assert await claimed_deliveries(store, now=NOW + 4) == []
+    [again] = await claimed_deliveries(store, now=NOW + 5)
+    assert again.id == first.id
+
+
 async def test_settling_with_a_stale_lease_changes_nothing(store: Store):
     stale = await pending(store)
     [held] = await claimed_deliveries(store, now=NOW + 45 * SECOND, lease="2")
@@ -1890,3 +1907,34 @@ async def test_an_idempotency_key_works_for_a_day(store: Store):
     await prune(store, events=DAY, attempts=DAY, now=NOW + DAY + 1)
     [new] = await store.generations.create([Watch(a_generation(None), key)])
     assert new.generation != made.generation
+
+
+# Outputs that expire.
+
+ENDS = (NOW + 9, None, NOW + 7)
+EXPIRING = replace(DONE, outputs=tuple(Output("https://a.test/1.png", expires_at=at) for at in ENDS))
+
+
+async def test_deliveries_know_when_the_first_output_of_their_event_expires(store: Store):
+    await registered(store)
+    _, [handed_over] = await announced(store, await watched(store, "a"), EXPIRING, room=1)
+    await announced(store, await watched(store, "b"), EXPIRING)
+    await announced(store, await watched(store, "c"))
+    assert handed_over.expires_at == NOW + 7
+    assert [one.expires_at for one in await claimed_deliveries(store)] == [NOW + 7, None]
+
+
+async def test_an_event_is_renewed_unless_somebody_else_did_it_first(store: Store):
+    await registered(store)
+    made, _ = await announced(store, await watched(store), EXPIRING)
+    [before] = await store.events.get_many([made.id, "evt_unknown"])
+    assert before == made
+    mine, theirs = (replace(before, body=body, expires_at=NOW + 50) for body in (b"mine", b"theirs"))
+    await store.events.renew(before, theirs)
+    await store.events.renew(before, mine)
+    assert await store.events.get(TENANT, made.id) == theirs
+    [claimed] = await claimed_deliveries(store)
+    assert (claimed.body, claimed.expires_at) == (b"theirs", NOW + 50)
+    await store.events.renew(theirs, replace(theirs, body=b"at last", expires_at=None))
+    await store.events.renew(theirs, mine)
+    assert await store.events.get(TENANT, made.id) == replace(theirs, body=b"at last", expires_at=None)

@@ -7,18 +7,19 @@ A provider outside the package is named `"module:Class"` in the configuration.
 
 import mimetypes
 import posixpath
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from relay.body import parse
 from relay.errors import ConfigError, Malformed, ProviderError
 from relay.generation import Code, Output, Problem, Status, Update, is_job_id
 from relay.schedule import Pace
-from relay.times import parse_retry_after
+from relay.times import parse_retry_after, parse_rfc3339, rfc3339
 
 PROVIDERS = {
     "luma": "relay.providers.luma:Luma",
@@ -202,7 +203,8 @@ def output(
 ) -> tuple[Output, ...]:
     """The output at a URL, as a tuple to add up; empty when there is no URL.
 
-    What the provider does not say about its kind and type, the file extension does.
+    What the provider does not say about its kind and type, the file extension does; what it does not say
+    about its end, the URL's own signature does.
     """
     if text(url) is None:
         return ()
@@ -214,10 +216,37 @@ def output(
             content_type=content_type or guessed_type,
             width=whole(width),
             height=whole(height),
-            expires_at=expires_at,
+            expires_at=expires_at if expires_at is not None else expiry(url),
             permanent_url=text(permanent_url),
         ),
     )
+
+
+def expiry(url: str) -> int | None:
+    """When a signed URL stops to work, in unix milliseconds, as its query says it; else None."""
+    try:
+        pairs = parse_qsl(urlsplit(url).query, max_num_fields=100)
+    except ValueError:
+        return None
+    query = {name.lower(): value for name, value in pairs}
+    for scheme in ("x-amz", "x-goog"):
+        signed_at = parse_rfc3339(query.get(f"{scheme}-date"))
+        lifetime = query.get(f"{scheme}-expires", "")
+        if signed_at is not None and re.fullmatch(r"[0-9]{1,9}", lifetime):
+            return _in_range(signed_at + int(lifetime) * 1000)
+    # Ten digits are the years 2001 to 2286: a shorter number is a duration, a longer one no seconds.
+    if "signature" in query and re.fullmatch(r"[0-9]{10}", query.get("expires", "")):
+        return int(query["expires"]) * 1000
+    return parse_rfc3339(query.get("se")) if "sig" in query else None
+
+
+def _in_range(at: int) -> int | None:
+    """A time that can be written."""
+    try:
+        rfc3339(at)
+    except OverflowError:
+        return None
+    return at
 
 
 def _media(url: str) -> tuple[str | None, str | None]:

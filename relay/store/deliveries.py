@@ -118,6 +118,14 @@ class Deliveries:
                 [{"id": one.id, "lease": one.lease, "now": now} for one in deliveries],
             )
 
+    async def postpone(self, postponed: Sequence[tuple[Claimed, int]]) -> None:
+        """Makes claimed deliveries due again at the times beside them, unattempted."""
+        async with self._db.write() as tx:
+            await tx.execute_many(
+                _RELEASE,
+                [{"id": one.id, "lease": one.lease, "now": due_at} for one, due_at in postponed],
+            )
+
     async def recover(self, *, now: int) -> int:
         """Makes what a stopped relay was sending due now, without waiting for its leases; returns how many.
 
@@ -278,7 +286,7 @@ _RELEASE = """
 _LOAD_CLAIMED = """
     SELECT d.id, d.event_id, e.type AS event_type, d.endpoint_id, COALESCE(p.url, d.callback_url) AS url,
         COALESCE(p.secret, t.signing_secret) AS secret, p.previous_secret, p.previous_secret_expires_at,
-        p.headers, p.rate_limit, e.body, d.attempts, d.run_attempts, d.next_trigger, d.lease,
+        p.headers, p.rate_limit, e.body, e.expires_at, d.attempts, d.run_attempts, d.next_trigger, d.lease,
         d.due_at AS lease_until
     FROM deliveries d
     JOIN events e ON e.id = d.event_id
@@ -407,6 +415,7 @@ def _claimed(row: Row, now: int) -> Claimed:
         trigger=Trigger(row["next_trigger"]),
         lease=row["lease"],
         lease_until=row["lease_until"],
+        expires_at=row["expires_at"],
     )
 
 

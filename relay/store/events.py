@@ -147,6 +147,25 @@ class Events:
             )
         return _read(rows[0]) if rows else None
 
+    async def get_many(self, ids: Sequence[str]) -> Sequence[Event]:
+        """Those of the ids that exist, whoever's they are."""
+        async with self._db.read() as tx:
+            return [_read(row) for row in await tx.fetch("SELECT * FROM events WHERE id IN (:ids)", ids=ids)]
+
+    async def renew(self, before: Event, after: Event) -> None:
+        """Replaces the body and its expiry, unless somebody else did so since `before` was read."""
+        async with self._db.write() as tx:
+            await tx.execute(
+                """
+                UPDATE events SET body = :body, expires_at = :expires_at
+                WHERE id = :id AND expires_at = :expired_at
+                """,
+                id=before.id,
+                expired_at=before.expires_at,
+                body=after.body,
+                expires_at=after.expires_at,
+            )
+
     async def page(
         self, tenant: str, filters: Mapping[str, Any], *, limit: int, cursor: str | None
     ) -> Sequence[Event]:
@@ -278,8 +297,8 @@ _ASKED = """
     WHERE id = :generation_id AND lease = :lease
 """
 _ANNOUNCE = """
-    INSERT INTO events (id, tenant, type, generation_id, account, announces, body, created_at)
-    SELECT :id, :tenant, :type, :generation_id, :account, :announces, :body, :created_at
+    INSERT INTO events (id, tenant, type, generation_id, account, announces, body, expires_at, created_at)
+    SELECT :id, :tenant, :type, :generation_id, :account, :announces, :body, :expires_at, :created_at
     FROM generations WHERE generations.id = :generation_id AND generations.event_id = :mark
     ON CONFLICT DO NOTHING
 """
@@ -389,6 +408,7 @@ def _claimed(
                 trigger=Trigger.SCHEDULED,
                 lease=handoff.lease,
                 lease_until=handoff.lease_until,
+                expires_at=event.expires_at,
             )
         )
     return claimed
@@ -404,6 +424,7 @@ def _values(event: Event) -> dict[str, Any]:
         "announces": event.announces,
         "source_id": event.source_id,
         "body": event.body,
+        "expires_at": event.expires_at,
         "created_at": event.created_at,
     }
 

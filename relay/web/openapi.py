@@ -239,7 +239,7 @@ def _hook_refusals(own: Mapping[int, str]) -> dict[str, Any]:
 
 def _models(operations: Sequence[Operation]) -> list[tuple[type[BaseModel], Any]]:
     found: dict[tuple[type[BaseModel], Any], None] = {
-        (r.GenerationData, "serialization"): None,
+        (r.AnnouncedGeneration, "serialization"): None,
         (r.HealthResource, "serialization"): None,
     }
     for operation in operations:
@@ -333,7 +333,7 @@ def _webhooks(names: Mapping[Any, Any]) -> dict[str, Any]:
         if status.value != "completed":
             ended["outputs"] = []
         example = {"type": type_, "timestamp": _EXAMPLE["completed_at"], "data": ended}
-        webhooks[type_] = _webhook(type_, names[(r.GenerationData, "serialization")], example)
+        webhooks[type_] = _webhook(type_, names[(r.AnnouncedGeneration, "serialization")], example)
     for type_, said in _RUNNING.items():
         running = {
             **_EXAMPLE,
@@ -344,7 +344,7 @@ def _webhooks(names: Mapping[Any, Any]) -> dict[str, Any]:
             "raw": {"generationId": _EXAMPLE["job_id"], "status": said["provider_status"]},
         }
         example = {"type": type_, "timestamp": "2026-03-16T14:30:06.000Z", "data": running}
-        webhooks[type_] = _webhook(type_, names[(r.GenerationData, "serialization")], example)
+        webhooks[type_] = _webhook(type_, names[(r.AnnouncedGeneration, "serialization")], example)
     for type_, data in _OPERATIONAL.items():
         example = {"type": type_, "timestamp": _EXAMPLE["completed_at"], "data": data}
         properties = {name: {"type": "string"} for name in data}

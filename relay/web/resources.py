@@ -270,6 +270,22 @@ class GenerationData(Resource):
     raw: Any
 
 
+class AnnouncedOutput(OutputResource):
+    expired: bool = Field(
+        default=False,
+        description="There, and true, when the URL had expired and the provider gives no other one any more.",
+    )
+
+
+class AnnouncedGeneration(GenerationData):
+    """The `data` of `generation.*` as it may be sent after the first URLs have expired."""
+
+    outputs: Sequence[AnnouncedOutput]
+    refreshed_at: Time | None = Field(
+        default=None, description="There when the provider was asked for fresh URLs before this was sent."
+    )
+
+
 class GenerationResource(GenerationData):
     """And what only the API tells: how the watching goes."""
 

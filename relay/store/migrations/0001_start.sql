@@ -109,6 +109,7 @@ CREATE TABLE events (
     announces TEXT,
     source_id TEXT,
     body BYTEA NOT NULL,
+    expires_at BIGINT,
     created_at BIGINT NOT NULL,
     CONSTRAINT each_status_is_announced_once UNIQUE (generation_id, announces),
     CONSTRAINT a_publisher_names_an_event_once UNIQUE (source_id, tenant)
