@@ -94,9 +94,7 @@ def _of(
         generation_id=generation.id,
         account=generation.account,
         announces=announces,
-        expires_at=_first_expiry(generation.update.outputs)
-        if generation.ended and generation.update
-        else None,
+        expires_at=_first_expiry(generation),
     )
 
 
