@@ -100,7 +100,7 @@ def first_ask(
     if not job_known:
         return Ask(deadline_at)
     if awaits_callback:
-        return Ask(min(now + pace.backstop, deadline_at))
+        return Ask(min(now + max(pace.backstop, pace.interval), deadline_at))
     pause = max(pace.interval, plan.next_look(0, _price(plan, 1.0)) if plan is not None else 0)
     return _likely(plan, min(now + round(pause), deadline_at), 0, pause)
 
@@ -163,10 +163,11 @@ def _pause(
     if generation.awaits_callback:
         return max(pace.backstop, pace.interval)
     if plan is None:
-        return scarcity * max(pace.interval, min(age * UNKNOWN_SHARE, LONGEST_PAUSE))
-    pause = plan.next_look(age, _price(plan, scarcity)) - age
-    if age > plan.median:
-        pause = min(pause, scarcity * max(LONGEST_PAUSE, plan.median / 4))
+        pause = scarcity * max(pace.interval, min(age * UNKNOWN_SHARE, LONGEST_PAUSE))
+    else:
+        pause = plan.next_look(age, _price(plan, scarcity)) - age
+        if age > plan.median:
+            pause = min(pause, scarcity * max(LONGEST_PAUSE, plan.median / 4))
     return _hinted(pause, heard, age)
 
 

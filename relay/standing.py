@@ -64,7 +64,7 @@ def how_long(generation: Generation) -> Seen | None:
     update, known_at, start = generation.update, generation.known_at, generation.started_at
     if generation.status not in FINAL or update is None or known_at is None:
         return None
-    low = max(0, (generation.open_at or generation.created_at) - start)
+    low = max(0, generation.open_at - start) if generation.open_at is not None else 0
     high = known_at - start
     told = update.duration_ms
     if told is None and update.completed_at is not None and update.created_at is not None:
