@@ -190,6 +190,33 @@ async def test_an_outage_of_a_provider_announces_nothing_and_ends_with_every_gen
     await relay.eventually("/v1/accounts", lambda shown: not is_failing("luma")(shown))
 
 
+async def test_a_job_that_a_provider_refuses_to_answer_about_is_no_outage(world: World):
+    def answer(request: Request) -> Any:
+        if request.url.path.endswith("/no-uuid"):
+            return JSONResponse({"detail": "Not a uuid"}, 422)
+        return {"state": "completed", "output": [{"type": "image", "url": "https://a.test/1.png"}]}
+
+    async with provider_answering(answer) as origin:
+        accounts = only("luma", world, base_url=origin, poll_interval="100ms", timeout="10m")
+        relay = await world.relay(accounts=accounts)
+        await world.endpoint(relay)
+        await relay.api.post("/v1/generations", json={"account": "luma", "job_id": "no-uuid"})
+        for polls in range(6):
+            [shown] = (
+                await relay.eventually(
+                    "/v1/generations", lambda page, polls=polls: page["data"][0]["polls"] > polls
+                )
+            )["data"]
+            assert (shown["status"], "Not a uuid" in shown["last_error"]) == ("queued", True)
+            world.clock.forward(seconds=60)
+        await relay.api.post("/v1/generations", json={"account": "luma", "job_id": "another"})
+        [received] = await world.subscriber.got(1)
+        assert json.loads(received.body)["data"]["job_id"] == "another"
+        world.clock.forward(seconds=600)
+        _, received = await world.subscriber.got(2)
+        assert json.loads(received.body)["type"] == "generation.timed_out"
+
+
 async def test_an_outage_puts_deadlines_off_by_as_long_as_it_lasts(world: World):
     relay = await world.relay(accounts=only("luma", world, poll_interval="100ms", timeout="10m"))
     await world.endpoint(relay)
