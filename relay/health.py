@@ -47,6 +47,8 @@ class Health:
         noted = replace(self, last_error=f"{error.code}: {error}", last_error_at=now)
         if error.code == "rate_limited":
             return noted  # that is the budget's matter
+        if error.code == "refused" and self.status is not Status.UNAUTHORIZED:
+            return noted._recovered(now)  # it answers: what it refuses is about one job
         if error.code == "unauthorized":
             return noted._paused(Status.UNAUTHORIZED, REFUSED_PAUSE, now, spread)
         noted = replace(noted, failures=self.failures + 1, failing_since=self.failing_since or now)

@@ -21,7 +21,11 @@ from starlette.routing import Route
 
 from relay.budget import Budget
 from relay.errors import ProviderError
+from relay.generation import Generation, Status, Update
 from relay.health import Health
+from relay.providers import load
+from relay.schedule import Pace
+from relay.standing import Standing
 from relay.times import parse_rfc3339
 from tests.conftest import RunningRelay, World
 from tests.serving import serving
@@ -186,6 +190,33 @@ async def test_an_outage_of_a_provider_announces_nothing_and_ends_with_every_gen
     await relay.eventually("/v1/accounts", lambda shown: not is_failing("luma")(shown))
 
 
+async def test_a_job_that_a_provider_refuses_to_answer_about_is_no_outage(world: World):
+    def answer(request: Request) -> Any:
+        if request.url.path.endswith("/no-uuid"):
+            return JSONResponse({"detail": "Not a uuid"}, 422)
+        return {"state": "completed", "output": [{"type": "image", "url": "https://a.test/1.png"}]}
+
+    async with provider_answering(answer) as origin:
+        accounts = only("luma", world, base_url=origin, poll_interval="100ms", timeout="10m")
+        relay = await world.relay(accounts=accounts)
+        await world.endpoint(relay)
+        await relay.api.post("/v1/generations", json={"account": "luma", "job_id": "no-uuid"})
+        for polls in range(6):
+            [shown] = (
+                await relay.eventually(
+                    "/v1/generations", lambda page, polls=polls: page["data"][0]["polls"] > polls
+                )
+            )["data"]
+            assert (shown["status"], "Not a uuid" in shown["last_error"]) == ("queued", True)
+            world.clock.forward(seconds=60)
+        await relay.api.post("/v1/generations", json={"account": "luma", "job_id": "another"})
+        [received] = await world.subscriber.got(1)
+        assert json.loads(received.body)["data"]["job_id"] == "another"
+        world.clock.forward(seconds=600)
+        _, received = await world.subscriber.got(2)
+        assert json.loads(received.body)["type"] == "generation.timed_out"
+
+
 async def test_an_outage_puts_deadlines_off_by_as_long_as_it_lasts(world: World):
     relay = await world.relay(accounts=only("luma", world, poll_interval="100ms", timeout="10m"))
     await world.endpoint(relay)
@@ -240,16 +271,45 @@ async def test_retry_after_is_honoured_by_the_whole_account(world: World, date: 
 
 
 @pytest.mark.parametrize(
-    ("provider", "first"), [("pixellabs", 6), ("vivix", 6), ("luma", 6), ("pictory", 10)]
+    ("provider", "documented", "usual"),
+    [("pixellabs", 1, 13), ("vivix", 1, 15), ("luma", 1, 20), ("pictory", 10, 45)],
 )
-async def test_the_first_ask_comes_after_the_documented_delay(world: World, provider: str, first: int):
+async def test_the_first_ask_comes_when_ends_may_be_expected_and_never_before_the_documented_pause(
+    world: World, provider: str, documented: float, usual: float
+):
     relay = await world.relay(accounts=only(provider, world))
     generation = await world.watch(relay, provider, duration=0)
-    world.clock.forward(seconds=first - 3)
+    begin, due_at = parse_rfc3339(generation["created_at"]), parse_rfc3339(generation["next_poll_at"])
+    assert begin is not None and due_at is not None
+    assert documented * 1000 < due_at - begin < usual * 1000
+    world.clock.forward(seconds=max(0, (due_at - world.clock()) / 1000 - 3))
     await a_while(world, relay, "luma" if provider == "vivix" else "vivix")
     assert asks(world, generation["job_id"]) == []
     world.clock.forward(seconds=3)
     await until(lambda: asks(world, generation["job_id"]) == [200])
+
+
+async def test_with_an_interval_of_ones_own_the_first_ask_comes_after_it(world: World):
+    relay = await world.relay(accounts=only("pixellabs", world, poll_interval="7s"))
+    generation = await world.watch(relay, "pixellabs", duration=0)
+    begin, due_at = parse_rfc3339(generation["created_at"]), parse_rfc3339(generation["next_poll_at"])
+    assert begin is not None and due_at == begin + 7_000
+
+
+def test_with_an_interval_of_ones_own_nothing_is_expected_before_twenty_ends_were_seen():
+    one = Generation(
+        id="gen_1", tenant="t", account="a", provider="p", job_id="j", status=Status.COMPLETED,
+        created_at=1_000, deadline_at=MINUTE, due_at=None, known_at=11_000,
+        update=Update(status=Status.COMPLETED),
+    )  # fmt: skip
+    own, documented = Pace(interval=1_000, timeout=MINUTE), load("pixellabs").pace
+    assert Standing(documented, Budget()).plan() is not None
+    standing = Standing(own, Budget())
+    for _ in range(20):
+        assert standing.plan() is None
+        standing.learn(one)
+    plan = standing.plan()
+    assert plan is not None and 1_000 < plan.median < 11_000
 
 
 async def test_two_asks_are_never_closer_than_the_interval(world: World):
