@@ -184,7 +184,10 @@ def _assemble(
         await ingest.announce([change])
 
     poller = Poller(store, asker, configured, record=ingest.record, changed=account_changed, now=now)
-    turns = {name: Turns(account.requests_per_minute) for name, account in configured.items()}
+    turns = {
+        name: Turns(account.requests_per_minute, account.pace.interval)
+        for name, account in configured.items()
+    }
 
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
         await store.generations.hint(hints, turns=turns, now=now())

@@ -4,7 +4,7 @@ Whoever has a callback URL may call it for ever, so a generation's callbacks hav
 pauses, and those of one account share half of its requests. What comes too often is late, never lost.
 """
 
-from relay.schedule import AFTER_CALLBACK
+from relay.schedule import AFTER_CALLBACK, called_interval
 
 LONGEST_PAUSE = 60_000
 # Requests a minute, where an account has no limit.
@@ -13,9 +13,11 @@ LONGEST_WAIT = 600_000
 
 
 class Turns:
-    """The turns of one account's callbacks: half of `per_minute` at once, and evenly as many a minute."""
+    """The turns of one account's callbacks: half of `per_minute` at once, and evenly as many a minute.
+    `interval` is the shortest pause between two asks about one job, in milliseconds."""
 
-    def __init__(self, per_minute: int | None) -> None:
+    def __init__(self, per_minute: int | None, interval: int = 0) -> None:
+        self.interval = interval
         half = (per_minute or PER_MINUTE) / 2
         self._pause = 60_000 / half
         self._burst = self._pause * (max(1, int(half)) - 1)
@@ -34,9 +36,10 @@ class Turns:
         return min(max(self._next, now), now + self._burst + LONGEST_WAIT)
 
 
-def pause(callbacks: int) -> int:
-    """Milliseconds from the last ask to the one that the last of so many callbacks may bring."""
-    return min(1_000 * callbacks * callbacks, LONGEST_PAUSE)
+def pause(callbacks: int, interval: int) -> int:
+    """Milliseconds from the last ask to the one that the last of so many callbacks may bring; `interval` is
+    the shortest that the provider wants."""
+    return max(min(1_000 * callbacks * callbacks, LONGEST_PAUSE), called_interval(interval))
 
 
 def hint_asks(callbacks: int) -> int:
@@ -53,7 +56,7 @@ def ask_at(
     """
     at = now if turns is None else turns.first(now)
     if asked_at is not None:
-        at = max(at, asked_at + pause(callbacks))
+        at = max(at, asked_at + pause(callbacks, turns.interval if turns is not None else 0))
     if planned is not None and planned <= at:
         return planned
     if turns is not None:

@@ -13,6 +13,7 @@ from relay.budget import Budget
 from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
 from relay.generation import ENDINGS, OPEN, Code, Generation, LearnedBy, Update
 from relay.health import Health, Status
+from relay.hints import pause
 from relay.providers import Account
 from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask
 from relay.standing import Standing
@@ -151,7 +152,10 @@ class Poller:
             pass  # the last tick, if one is at it, has begun what it claimed
         while self._asking:
             await asyncio.wait(self._asking)
-        await self._keep()
+        try:
+            await self._keep()
+        except StoreError as error:
+            log.error("poll.not_kept: %s", error)
 
     async def _claim_overdue(self, now: int) -> None:
         overdue = await self._store.generations.claim_overdue(
@@ -218,7 +222,7 @@ class Poller:
     async def _ask(
         self, generation: Generation, learned_by: LearnedBy, *, asks: bool = True
     ) -> Generation | None:
-        update, error, missing = None, None, 0
+        update, error, missing = None, None, generation.missing
         job_id = generation.job_id or generation.claimed_job_id
         account = self._accounts.get(generation.account)
         if account is None:
@@ -228,9 +232,9 @@ class Poller:
                 update = await self._look(account, job_id)
             except ProviderError as problem:
                 error = problem
-        if update is not None and _says_missing(update):
-            missing = generation.missing + 1
-            if missing <= len(MISSING_PAUSES):
+        if update is not None:
+            missing = generation.missing + 1 if _says_missing(update) else 0
+            if 0 < missing <= len(MISSING_PAUSES):
                 update = None
         if generation.job_id is None and job_id is not None and asks:
             generation, update = await self._check_claim(generation, job_id, update, missing)
@@ -312,6 +316,7 @@ class Poller:
                 missing=missing,
                 hint_asks=hint_asks,
                 hints=generation.hints,
+                hinted_at=now + pause(generation.hints + 1, account.pace.interval if account else 0),
                 last_error=f"{error.code}: {error}" if error is not None else None,
             )
 

@@ -6,7 +6,7 @@ its progress, how scarce the account's requests are now, and the pauses that its
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from relay.durations import Plan
 from relay.errors import ProviderError
@@ -17,6 +17,8 @@ from relay.generation import FINAL, Generation, LearnedBy, Status, Update
 PRICE = 0.01
 # A provider's own answer may lag behind its callback.
 AFTER_CALLBACK = (1_000, 2_000, 5_000, 10_000)
+# Who wants polls to be rare still wants a callback to be confirmed: then no pause need be longer than this.
+LONGEST_INTERVAL = 10_000
 LATE_PAUSE = 600_000
 LATE_WATCH = 86_400_000
 LONGEST_PAUSE = 60_000
@@ -24,6 +26,8 @@ LONGEST_BACKOFF = 60_000
 LONGEST_RETRY_AFTER = 3_600_000
 # "No such job" may only mean "not yet visible": believed when it was said again after these pauses.
 MISSING_PAUSES = (5_000, 15_000, 45_000)
+# How likely a job has ended whose provider has called back, as a cumulative hazard.
+CALLED = 7.0
 # While nobody knows how long such jobs take, the news is at most this share of their age late.
 UNKNOWN_SHARE = 0.1
 # What a provider says of the progress may make a pause so many times longer or shorter.
@@ -63,7 +67,8 @@ class Asked:
 
     `errors` and `missing` count asks in a row, `hint_asks` those since the last callback; `hints` is how
     many callbacks were known when it was asked. `open_at` is when the job was last seen not to have ended;
-    `outage` how much of the time until `deadline_at` is owed to outages.
+    `outage` how much of the time until `deadline_at` is owed to outages; `hinted_at` when to ask if a
+    callback came meanwhile.
     """
 
     generation_id: str
@@ -79,6 +84,7 @@ class Asked:
     missing: int
     hint_asks: int | None
     hints: int
+    hinted_at: int
     last_error: str | None
 
 
@@ -134,9 +140,16 @@ def next_ask(
     if heard is not None and heard.elapsed_ms is not None:
         age = heard.elapsed_ms
     pause = _pause(generation, pace, plan, age=age, scarcity=scarcity, heard=heard, error=error)
-    pause = max(pace.interval, _told_to_wait(error), pause * (0.95 + 0.1 * spread))
+    shortest = called_interval(pace.interval) if generation.hint_asks else pace.interval
+    pause = max(shortest, _told_to_wait(error), pause * (0.95 + 0.1 * spread))
     due_at = min(now + round(pause), max(now, generation.deadline_at))
-    return _likely(plan, due_at, age, pause)
+    likely = _likely(plan, due_at, age, pause)
+    return replace(likely, chance=CALLED) if generation.hint_asks else likely
+
+
+def called_interval(interval: int) -> int:
+    """The shortest pause between two asks about a job whose provider has called back."""
+    return min(interval, LONGEST_INTERVAL)
 
 
 def _told_to_wait(error: ProviderError | None) -> int:

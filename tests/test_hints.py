@@ -51,7 +51,14 @@ def test_a_clock_that_is_set_back_delays_a_turn_by_no_more_than_the_longest_wait
 
 @pytest.mark.parametrize(("callbacks", "seconds"), [(1, 1), (2, 4), (3, 9), (7, 49), (8, 60), (10_000, 60)])
 def test_the_pause_grows_with_the_callbacks_up_to_a_minute(callbacks, seconds):
-    assert pause(callbacks) == seconds * SECOND
+    assert pause(callbacks, 0) == seconds * SECOND
+
+
+@pytest.mark.parametrize(("callbacks", "seconds"), [(1, 10), (3, 10), (4, 16), (8, 60)])
+def test_the_pause_is_never_shorter_than_the_provider_wants(callbacks, seconds):
+    assert pause(callbacks, 10 * SECOND) == seconds * SECOND
+    turns = Turns(None, 10 * SECOND)
+    assert ask_at(None, NOW, callbacks, turns, now=NOW) == NOW + seconds * SECOND
 
 
 @pytest.mark.parametrize(("callbacks", "begin"), [(1, 0), (2, 1), (5, 4), (6, 4), (10_000, 4)])

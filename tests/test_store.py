@@ -21,10 +21,10 @@ from relay.endpoint import Endpoint
 from relay.errors import ConfigError, Conflict, Invalid, NotFound, Refused, StoreError
 from relay.generation import Generation, LearnedBy, Output, Update
 from relay.generation import Status as Is
-from relay.hints import Turns
+from relay.hints import Turns, pause
 from relay.ids import new_id
 from relay.prune import prune
-from relay.schedule import LEAST_RATE, Asked
+from relay.schedule import CALLED, LEAST_RATE, Asked
 from relay.store import Store, open_database, store_on
 from relay.store.events import Change, Handoff, Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
@@ -142,7 +142,8 @@ def asked(generation: Generation, **changes: Any) -> Asked:
     made = Asked(
         generation_id=generation.id, lease=generation.lease or "", at=NOW, due_at=NOW + 4 * SECOND,
         chance=0.5, rate=1e-4, open_at=None, deadline_at=generation.deadline_at, outage=generation.outage,
-        errors=0, missing=0, hint_asks=None, hints=generation.hints, last_error=None,
+        errors=0, missing=0, hint_asks=None, hints=generation.hints,
+        hinted_at=changes.get("at", NOW) + pause(generation.hints + 1, 0), last_error=None,
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -834,7 +835,7 @@ async def test_a_hint_never_makes_it_later_nor_begins_its_quick_asks_anew(store:
     await store.events.record([], [soon], NOTHING_HANDED_OVER, now=NOW)
     before = await the(store, claimed)
     await store.generations.hint([Hint(claimed.id, None)], now=NOW)
-    assert await the(store, claimed) == replace(before, hints=1)
+    assert await the(store, claimed) == replace(before, hints=1, chance=CALLED)
     [claimed] = await claimed_generations(store, now=NOW + 500)
     await store.generations.hint([Hint(claimed.id, None)] * 9, now=NOW + 500)
     report = asked(claimed, at=NOW + 500, due_at=NOW + 700, hint_asks=3)
@@ -876,12 +877,12 @@ async def test_a_hint_waits_for_the_ask_in_flight_and_has_it_asked_again_a_secon
     [claimed] = await claimed_generations(store, now=NOW)
     await store.generations.hint([Hint(claimed.id, None)] * 2, now=NOW + 1)
     hinted = await the(store, claimed)
-    assert hinted == replace(claimed, hints=2, hint_asks=0)
+    assert hinted == replace(claimed, hints=2, hint_asks=0, chance=CALLED)
     report = asked(claimed, at=NOW + 2, missing=2, hint_asks=None)
     await store.events.record([], [report], NOTHING_HANDED_OVER, now=NOW + 2)
     after = await the(store, claimed)
     assert (after.lease, after.due_at) == (None, NOW + 2 + SECOND)
-    assert (after.hint_asks, after.missing, after.asks) == (0, 0, 1)
+    assert (after.hint_asks, after.missing, after.asks, after.chance) == (0, 0, 1, CALLED)
 
 
 async def test_a_hint_that_the_ask_knew_of_does_not_have_it_asked_again(store: Store):

@@ -9,9 +9,8 @@ from relay.endpoint import Endpoint
 from relay.errors import Conflict, Refused
 from relay.event import ENDINGS, FLEETING, PROGRESS, Event
 from relay.generation import FINAL, Generation
-from relay.hints import pause
 from relay.ids import new_id
-from relay.schedule import Asked
+from relay.schedule import CALLED, Asked
 from relay.store.database import Database, Row, Transaction
 from relay.store.endpoints import read_endpoint
 from relay.store.filters import where
@@ -63,7 +62,7 @@ class Events:
         async with self._db.write() as tx:
             changes = await _heard(tx, changes)
             await tx.execute_many(_MOVE, [_move(change) for change in changes])
-            await tx.execute_many(_ASKED, [_asked(one) for one in asked])
+            await tx.execute_many(_ASKED, [{**asdict(one), "called": CALLED} for one in asked])
             fresh = await self._insert(tx, changes)
             await _cancel_older(tx, fresh, now=now)
             callbacks = {one.after.id: one.after.callback_url for one in changes if one.after.ended}
@@ -291,7 +290,8 @@ _ASKED = """
         END,
         hint_asks = CASE WHEN hints > :hints THEN COALESCE(:hint_asks, hint_asks) ELSE :hint_asks END,
         missing = CASE WHEN hints > :hints THEN 0 ELSE :missing END,
-        deadline_at = :deadline_at, outage = :outage, chance = :chance, rate = :rate,
+        deadline_at = :deadline_at, outage = :outage, rate = :rate,
+        chance = CASE WHEN hints > :hints THEN :called ELSE :chance END,
         open_at = COALESCE(:open_at, open_at),
         lease = NULL, asked_at = :at, asks = asks + 1, errors = :errors, last_error = :last_error
     WHERE id = :generation_id AND lease = :lease
@@ -352,10 +352,6 @@ def _move(change: Change) -> dict[str, Any]:
 def _mark(change: Change) -> str | None:
     """What a generation's row has of the change that moved it: the first of its events."""
     return change.events[0].id if change.events else None
-
-
-def _asked(one: Asked) -> dict[str, Any]:
-    return {**asdict(one), "hinted_at": one.at + pause(one.hints + 1)}
 
 
 def _delivery(

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from relay.errors import Conflict, Invalid
 from relay.generation import FINAL, Generation, LearnedBy, Status, Update
 from relay.hints import Turns, ask_at, hint_asks
+from relay.schedule import CALLED
 from relay.store.database import Database, Row, Transaction
 from relay.store.filters import where
 from relay.store.idempotency import Idempotency, created_before, remember
@@ -194,6 +195,7 @@ class Generations:
                         "job_id": hint.job_id,
                         "due_at": one["due_at"],
                         "hint_asks": hint_asks(one["hints"]),
+                        "called": CALLED,
                     }
                 )
             await tx.execute_many(_HINT, heard)
@@ -324,7 +326,7 @@ _HINTED = f"""
 """
 _HINT = f"""
     UPDATE generations
-    SET hints = hints + 1, hint_asks = COALESCE(hint_asks, :hint_asks),
+    SET hints = hints + 1, hint_asks = COALESCE(hint_asks, :hint_asks), chance = :called,
         due_at = CASE
             WHEN lease IS NULL AND (due_at IS NULL OR due_at > :due_at) THEN :due_at
             ELSE due_at
