@@ -129,6 +129,14 @@ def test_a_new_day_begins_when_the_last_one_is_over():
     assert budget.available(NOW + DAY) == Budget(per_day=5).available(NOW) == 3
 
 
+@pytest.mark.parametrize("per_minute", [None, 10, 600])
+def test_whoever_takes_all_that_can_be_had_has_each_day_s_requests(per_minute):
+    times = exhaust(Budget(per_minute, per_day=100), NOW + 3 * DAY)
+    for day in range(3):
+        begins, ends = (bisect_left(times, NOW + k * DAY) for k in (day, day + 1))
+        assert 99 <= ends - begins <= 100
+
+
 @given(BUDGETS, STEPS)
 def test_waiting_is_for_when_nothing_is_available_and_always_ends_it(budget, steps):
     now = NOW
@@ -209,6 +217,7 @@ ANSWERS = st.lists(
 
 @given(BUDGETS, ANSWERS)
 @example(Budget(), [(200, {"retry-after": "60"}, 0), (429, {}, 0)])
+@example(Budget(), [(200, {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "9e9"}, 0)])
 def test_whatever_headers_say_it_is_never_an_error_and_never_a_pause_of_more_than_an_hour(budget, answers):
     now = NOW
     for status, headers, passes in answers:

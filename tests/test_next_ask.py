@@ -22,11 +22,18 @@ WATCHED = Generation(
     created_at=START, deadline_at=START + 30 * MINUTE, due_at=START,
 )  # fmt: skip
 
+
+def up_to(most: int, least: int = 0) -> st.SearchStrategy[int]:
+    """Milliseconds; also whole seconds, as large integers are mostly drawn small."""
+    seconds = st.integers(-(-least // SECOND), most // SECOND).map(lambda one: one * SECOND)
+    return seconds | st.integers(least, most)
+
+
 PACES = st.builds(
     Pace,
-    interval=st.integers(100, HOUR),
+    interval=up_to(HOUR, least=100),
     timeout=st.just(30 * MINUTE),
-    backstop=st.integers(0, HOUR),
+    backstop=up_to(HOUR),
 )
 PLANS = st.none() | st.builds(log_normal, st.floats(500, HOUR), st.floats(0.05, 2.0)).map(Plan)
 OPEN_ONES = st.builds(
@@ -34,27 +41,27 @@ OPEN_ONES = st.builds(
     status=st.sampled_from(sorted(OPEN)),
     job_id=st.sampled_from(["j", "j", "j", None]),
     claimed_job_id=st.sampled_from([None, "claimed"]),
-    deadline_at=st.integers(START, START + 8 * DAY),
+    deadline_at=up_to(8 * DAY).map(lambda timeout: START + timeout),
     awaits_callback=st.booleans(),
     errors=st.integers(0, 2000),
     missing=st.integers(0, 10),
     hint_asks=st.none() | st.integers(0, 5),
 )
 ERRORS = st.builds(
-    ProviderError, st.just("rate_limited"), st.just("…"), retry_after=st.none() | st.integers(0, 2 * DAY)
+    ProviderError, st.just("rate_limited"), st.just("…"), retry_after=st.none() | up_to(2 * HOUR)
 )
-MILLISECONDS = st.integers(0, 10 * MINUTE) | st.integers(0, 2**53)
+MILLISECONDS = up_to(10 * MINUTE) | st.integers(0, 2**53)
 HEARD = st.builds(
     Update,
     status=st.just(Status.PROCESSING),
     progress=st.none() | st.floats(0, 1),
     elapsed_ms=st.none() | MILLISECONDS,
     remaining_ms=st.none() | MILLISECONDS,
-    created_at=st.none() | st.integers(0, START + DAY),
+    created_at=st.none() | up_to(START + DAY),
 )
 # What an ask brought: news, an error, or neither.
 BROUGHT = st.none() | HEARD | ERRORS
-AGES = st.integers(0, 20 * MINUTE) | st.integers(-DAY, 9 * DAY)
+AGES = up_to(20 * MINUTE) | up_to(9 * DAY, least=-DAY)
 SPREADS = st.floats(0, 1, exclude_max=True)
 SCARCITIES = st.floats(1, 4)
 
@@ -125,7 +132,7 @@ def test_never_before_the_documented_pause_and_a_retry_after_unless_the_deadline
     assert due_at >= min(START + age + max(pace.interval, told), generation.deadline_at)
 
 
-@given(PACES, PLANS, ERRORS | st.none(), st.integers(0, 3 * DAY), SPREADS)
+@given(PACES, PLANS, ERRORS | st.none(), up_to(3 * DAY), SPREADS)
 def test_a_late_watch_asks_with_the_same_pauses_for_a_day(pace, plan, error, after, spread):
     late = replace(WATCHED, status=Status.TIMED_OUT)
     age = late.deadline_at - START + after
@@ -192,10 +199,15 @@ def test_the_first_ask_is_at_the_early_edge_and_the_densest_are_where_an_end_is_
     assert 4 <= sum(40 * SECOND < age < 90 * SECOND for age in ages) <= 12
 
 
-@given(st.builds(log_normal, st.floats(500, HOUR), st.floats(0.05, 2.0)).map(Plan), st.integers(0, 8 * DAY))
-def test_nobody_who_is_late_waits_for_more_than_a_minute_or_a_quarter_of_the_usual_time(plan, late):
-    waits = pause(age=round(plan.median) + 1 + late, plan=plan)
-    assert waits <= max(MINUTE, plan.median / 4) + 1
+@given(PLANS.filter(bool), up_to(8 * DAY), SCARCITIES)
+def test_nobody_who_is_late_waits_for_more_than_a_minute_or_a_quarter_of_the_usual_time(plan, late, scarcity):
+    waits = pause(age=round(plan.median) + 1 + late, plan=plan, scarcity=scarcity)
+    assert waits <= scarcity * max(MINUTE, plan.median / 4) + 1
+
+
+@pytest.mark.parametrize("scarcity", [1.0, 2.5, 4.0])
+def test_scarcity_makes_the_pauses_of_the_tail_longer_too(scarcity):
+    assert pause(age=2 * HOUR, scarcity=scarcity) == scarcity * MINUTE
 
 
 @pytest.mark.parametrize("age", [0, 2 * SECOND, 15 * SECOND, 2 * MINUTE, 5 * MINUTE])
@@ -224,7 +236,7 @@ def test_a_clock_that_was_set_back_makes_a_job_new():
 # The provider's hints.
 
 
-@given(PLANS, st.integers(0, 20 * MINUTE), MILLISECONDS)
+@given(PLANS, up_to(20 * MINUTE), MILLISECONDS)
 def test_what_is_left_as_the_provider_says_moves_it_that_way_and_only_so_far(plan, age, left):
     without = pause(age=age, plan=plan)
     told = pause(heard(remaining_ms=left), age=age, plan=plan)
@@ -234,13 +246,13 @@ def test_what_is_left_as_the_provider_says_moves_it_that_way_and_only_so_far(pla
         assert min(without, max(left / 2, without / HINT_REACH, SECOND)) - 2 <= told <= without + 1
 
 
-@given(PLANS, st.integers(0, 20 * MINUTE), st.lists(MILLISECONDS, min_size=2, max_size=5))
+@given(PLANS, up_to(20 * MINUTE), st.lists(MILLISECONDS, min_size=2, max_size=5))
 def test_the_more_is_left_the_later(plan, age, lefts):
     due = [pause(heard(remaining_ms=left), age=age, plan=plan) for left in sorted(lefts)]
     assert due == sorted(due)
 
 
-@given(PLANS, st.integers(0, 20 * MINUTE), st.lists(st.floats(0.05, 1), min_size=2, max_size=5))
+@given(PLANS, up_to(20 * MINUTE), st.lists(st.floats(0.05, 1), min_size=2, max_size=5))
 def test_the_further_it_is_the_sooner(plan, age, progress):
     due = [pause(heard(progress=one), age=age, plan=plan) for one in sorted(progress)]
     assert due == sorted(due, reverse=True)
@@ -288,7 +300,7 @@ def test_while_a_callback_is_awaited_it_is_only_the_backstop(plan, pace, age):
 # The first ask.
 
 
-@given(PACES, PLANS, st.integers(0, 8 * DAY), st.booleans(), st.booleans())
+@given(PACES, PLANS, up_to(8 * DAY), st.booleans(), st.booleans())
 def test_the_first_ask_keeps_the_pause_and_the_deadline(pace, plan, timeout, job_known, awaits_callback):
     due_at = first_ask(
         pace,
