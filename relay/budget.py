@@ -14,6 +14,8 @@ AT_ONCE = 32
 SPARED = 0.1
 FIRST_THROTTLE, LONGEST_THROTTLE = 5_000, 300_000
 LONGEST_TOLD = 3_600_000
+# Two windows of a limit end at least so far apart.
+WINDOWS_DIFFER = 2_000
 SCARCEST = 4.0
 # In the first tenth of a day nobody can tell whether its requests will last.
 EARLY = 0.1
@@ -26,7 +28,7 @@ class Budget:
     """The requests of one account; all times are unix milliseconds, all limits may be None.
 
     `per_minute` is spread evenly but for a burst of a tenth of it; `per_day` is spread over what is left of
-    the day once half of it is used.
+    the day once half of it is used. `left` is what the provider said may still be asked before `left_until`.
     """
 
     per_minute: int | None = None
@@ -36,6 +38,8 @@ class Budget:
     used_today: int = 0
     paused_until: int = 0
     throttles: int = 0  # answers 429 in a row
+    left: int = 0
+    left_until: int = 0
 
     def available(self, now: int) -> int:
         """How many requests may be made at once now."""
@@ -43,6 +47,8 @@ class Budget:
         if now < self.paused_until:
             return 0
         left = self._left_today(now)
+        if now < self.left_until:
+            left = min(left, self.left)
         pause = self._pause(now)
         if not pause:
             return min(AT_ONCE, left)
@@ -54,6 +60,7 @@ class Budget:
         if now >= self.day_ends_at:
             self.day_ends_at, self.used_today = now + DAY, 0
         self.used_today += 1
+        self.left = max(0, self.left - 1)
         self.next_at = max(self.next_at, now) + self._pause(now)
 
     def wait(self, now: int) -> int:
@@ -61,6 +68,8 @@ class Budget:
         if self.available(now):
             return 0
         wait = max(1, self.paused_until - now, math.ceil(self.next_at - now - self._burst()))
+        if not self.left:
+            wait = max(wait, self.left_until - now)
         return wait if self._left_today(now) else max(wait, self.day_ends_at - now)
 
     def hear(self, status: int, headers: Mapping[str, str], now: int) -> None:
@@ -75,10 +84,7 @@ class Budget:
             self.throttles = 0
         if told:
             self.paused_until = max(self.paused_until, now + told)
-        remaining, reset = _number(headers, "remaining"), _number(headers, "reset")
-        if remaining is not None and remaining < 1 and reset is not None:
-            until = reset * 1000 if reset > _EPOCH_SECONDS else now + reset * 1000
-            self.paused_until = max(self.paused_until, round(min(until, now + LONGEST_TOLD)))
+        self._count_down(headers, now)
 
     def scarcity(self, now: int) -> float:
         """How much rarer asks should be for the day's requests to last: 1 is not at all."""
@@ -95,6 +101,21 @@ class Budget:
         """Goes on as it was when `kept` was written."""
         for name in self.kept():
             setattr(self, name, kept.get(name, getattr(self, name)))
+
+    def _count_down(self, headers: Mapping[str, str], now: int) -> None:
+        """Takes the provider's word for how many requests are left, and until when."""
+        remaining, reset = _number(headers, "remaining"), _number(headers, "reset")
+        if remaining is None or (reset is None and "x-ratelimit-reset" in headers):
+            return
+        if reset is None:
+            until = float(now + MINUTE)
+        else:
+            until = reset * 1000 if reset > _EPOCH_SECONDS else now + reset * 1000
+        until = min(until, now + LONGEST_TOLD)
+        # Answers overtake each other: within one window the least is right.
+        same = now < self.left_until and until < self.left_until + WINDOWS_DIFFER
+        self.left = min(self.left, int(remaining)) if same else int(min(remaining, 1e9))
+        self.left_until = round(until)
 
     def _left_today(self, now: int) -> int:
         """How many of the day's requests may be made before those that are left are spread."""
@@ -117,6 +138,7 @@ class Budget:
         """What lies further ahead than can be is from before the clock was set back."""
         self.paused_until = min(self.paused_until, now + LONGEST_TOLD)
         self.day_ends_at = min(self.day_ends_at, now + DAY)
+        self.left_until = min(self.left_until, now + LONGEST_TOLD)
         self.next_at = min(self.next_at, now + max(MINUTE, self._burst() + self._pause(now)))
 
 

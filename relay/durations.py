@@ -19,9 +19,8 @@ EDGES = tuple(SHORTEST * 2 ** (k / BINS_PER_DOUBLING) for k in range(DOUBLINGS *
 _WIDTHS = tuple(after - before for before, after in pairwise(EDGES))
 # An observation counts half as much once so many newer ones are there.
 HALF_LIFE, REMEMBERED = 200, 500
-# What was expected before weighs as much as so many observations, and never less than this share of all:
-# jobs may become faster or slower.
-PRIOR_WEIGHT, PRIOR_SHARE = 1.0, 0.002
+# What was expected before weighs as much as so many observations.
+PRIOR_WEIGHT = 1.0
 _PASSES = 3
 _LEAST = 1e-9
 # Of so many models of an account each has a memory of its own.
@@ -97,7 +96,7 @@ class Durations:
         total = sum(weights)
         if not total:
             return self._prior
-        trust = max(PRIOR_SHARE, PRIOR_WEIGHT / (PRIOR_WEIGHT + total))
+        trust = PRIOR_WEIGHT / (PRIOR_WEIGHT + total)
         shares = self._prior
         places = [(_bin(one.low), _bin(one.high)) for one in self._seen]
         for _ in range(_PASSES):
@@ -132,7 +131,7 @@ class Experience:
                 self._models[model].observe(seen)
 
     def plan(self, model: str | None) -> Plan:
-        """For a job of this model; None when the model is not known (yet)."""
+        """For a job of this model; of all models as long as its own (None) is not known."""
         return self._models.get(model or "", self._all).plan
 
 

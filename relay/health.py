@@ -45,10 +45,10 @@ class Health:
         if error is None:
             return self._recovered(now)
         noted = replace(self, last_error=f"{error.code}: {error}", last_error_at=now)
-        if error.code == "rate_limited":
+        if error.code == "rate_limited" and self.status is Status.OK:
             return noted  # that is the budget's matter
-        if error.code == "refused" and self.status is not Status.UNAUTHORIZED:
-            return noted._recovered(now)  # it answers: what it refuses is about one job
+        if error.code in ("rate_limited", "refused") and self.status is not Status.UNAUTHORIZED:
+            return noted._recovered(now)  # it answers
         if error.code == "unauthorized":
             return noted._paused(Status.UNAUTHORIZED, REFUSED_PAUSE, now, spread)
         noted = replace(noted, failures=self.failures + 1, failing_since=self.failing_since or now)

@@ -131,10 +131,13 @@ def next_ask(
     """
     if generation.status in FINAL:
         return Ask(None)
+    is_known = generation.job_id is not None or generation.claimed_job_id is not None
     if generation.status is Status.TIMED_OUT:
+        if not is_known:
+            return Ask(None)  # only a callback can say more
         due_at = now + max(LATE_PAUSE, pace.interval, _told_to_wait(error))
         return Ask(due_at if due_at <= generation.deadline_at + LATE_WATCH else None)
-    if generation.job_id is None and generation.claimed_job_id is None:
+    if not is_known:
         return Ask(generation.deadline_at)
     age = max(0, now - generation.started_at)
     if heard is not None and heard.elapsed_ms is not None:

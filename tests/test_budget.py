@@ -290,7 +290,7 @@ def test_a_refusal_that_was_in_flight_when_the_limit_was_reached_changes_nothing
         ("0", "-30", 0),
         ("0", "nan", 0),
         ("1", "30", 0),
-        ("0", None, 0),
+        ("0", None, MINUTE),
         (None, "30", 0),
     ],
 )
@@ -299,6 +299,25 @@ def test_when_no_request_remains_it_waits_for_the_reset(remaining, reset, pause)
     budget = Budget()
     budget.hear(200, {name: value for name, value in said.items() if value is not None}, NOW)
     assert budget.wait(NOW) == pause
+
+
+def test_what_the_provider_says_is_left_is_counted_down_until_its_reset():
+    budget = Budget()
+    budget.hear(200, {"x-ratelimit-remaining": "3", "x-ratelimit-reset": "30"}, NOW)
+    assert budget.available(NOW) == 3
+    for _ in range(3):
+        budget.take(NOW)
+    assert (budget.available(NOW), budget.wait(NOW)) == (0, 30 * SECOND)
+    assert budget.available(NOW + 30 * SECOND) > 3
+
+
+def test_an_answer_that_was_overtaken_gives_nothing_back_but_a_new_window_does():
+    budget = Budget()
+    for remaining in (5, 2, 4):
+        budget.hear(200, {"x-ratelimit-remaining": f"{remaining}", "x-ratelimit-reset": "30"}, NOW)
+    assert budget.available(NOW) == 2
+    budget.hear(200, {"x-ratelimit-remaining": "20", "x-ratelimit-reset": "60"}, NOW + 10 * SECOND)
+    assert budget.available(NOW + 10 * SECOND) == 20
 
 
 # Scarcity.
