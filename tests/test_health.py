@@ -93,12 +93,16 @@ def test_a_refused_credential_stays_refused_until_a_success(error):
     assert after(health, None).status is Status.OK
 
 
-def test_throttling_is_no_failure_and_no_recovery():
+def test_throttling_is_no_failure():
     assert after(Health(), *[LIMITED] * 100).status is Status.OK
     assert after(Health(), *[DOWN] * 4, LIMITED, DOWN).status is Status.FAILING
-    for bad in (after(Health(), REFUSED), after(Health(), *[DOWN] * 5)):
-        then = after(bad, LIMITED, now=NOW + SECOND)
-        assert (then.status, then.paused_until, then.failing_since) == (bad.status, bad.paused_until, NOW)
+
+
+def test_a_provider_that_throttles_is_there_but_has_not_taken_the_credential():
+    assert after(after(Health(), *[DOWN] * 5), LIMITED, now=NOW + SECOND).status is Status.OK
+    refused = after(after(Health(), REFUSED), LIMITED, now=NOW + SECOND)
+    assert (refused.status, refused.failing_since) == (Status.UNAUTHORIZED, NOW)
+    assert not refused.may_ask(NOW + MINUTE)
 
 
 def test_the_last_error_is_kept_with_its_time_through_a_recovery():
