@@ -127,7 +127,9 @@ def next_ask(
         return Ask(None)
     if generation.status is Status.TIMED_OUT:
         due_at = now + max(LATE_PAUSE, pace.interval, _told_to_wait(error))
-        return Ask(due_at if due_at <= generation.deadline_at + LATE_WATCH else None)
+        # Later than the deadline where nobody was there to see it pass.
+        watched_from = max(generation.deadline_at, generation.known_at or 0)
+        return Ask(due_at if due_at <= watched_from + LATE_WATCH else None)
     if generation.job_id is None and generation.claimed_job_id is None:
         return Ask(generation.deadline_at)
     age = max(0, now - generation.started_at)
