@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from uuid import uuid4
 
@@ -50,6 +50,7 @@ class Poller:
             name: Standing(one.pace, Budget(one.requests_per_minute, one.requests_per_day))
             for name, one in accounts.items()
         }
+        self._strangers: Sequence[str] = ()  # accounts with open generations that are not configured any more
         self._asking: set[asyncio.Task[None]] = set()
         self._tick = asyncio.Lock()
         self._kept_at = 0
@@ -58,6 +59,8 @@ class Poller:
 
     async def resume(self) -> None:
         """Goes on where the last relay stopped: budgets, health, and what its generations have taught."""
+        watched = await self._store.generations.watching_accounts()
+        self._strangers = [name for name in watched if name not in self._accounts]
         states = await self._store.accounts.states()
         for name, standing in self.standings.items():
             standing.resume(states.get(name, {}))
@@ -158,12 +161,13 @@ class Poller:
             log.error("poll.not_kept: %s", error)
 
     async def _claim_overdue(self, now: int) -> None:
+        judged = [name for name, one in self.standings.items() if not _is_excused(one, now)]
         overdue = await self._store.generations.claim_overdue(
+            [*judged, *self._strangers],
             now=now,
             limit=OVERDUE,
             lease=uuid4().hex,
             lease_until=now + LEASE,
-            spared=[name for name, one in self.standings.items() if _is_excused(one, now)],
         )
         for generation in overdue:
             # Without a request to spare it is over all the same, unasked.

@@ -136,7 +136,9 @@ def next_ask(
         if not is_known:
             return Ask(None)  # only a callback can say more
         due_at = now + max(LATE_PAUSE, pace.interval, _told_to_wait(error))
-        return Ask(due_at if due_at <= generation.deadline_at + LATE_WATCH else None)
+        # Later than the deadline where nobody was there to see it pass.
+        watched_from = max(generation.deadline_at, generation.known_at or 0)
+        return Ask(due_at if due_at <= watched_from + LATE_WATCH else None)
     if not is_known:
         return Ask(generation.deadline_at)
     age = max(0, now - generation.started_at)

@@ -190,6 +190,14 @@ def test_the_late_watch_asks_every_ten_minutes_up_to_its_very_end(before_the_end
     assert due(timed_out, now=now) == (now + 10 * MINUTE if asked else None)
 
 
+def test_who_was_found_overdue_late_is_watched_for_a_day_from_then():
+    found_at = WATCHED.deadline_at + 3 * DAY  # the relay was down until then
+    timed_out = replace(WATCHED, status=Status.TIMED_OUT, known_at=found_at)
+    assert due(timed_out, now=found_at) == found_at + 10 * MINUTE
+    assert due(timed_out, now=found_at + DAY - 10 * MINUTE) == found_at + DAY
+    assert due(timed_out, now=found_at + DAY - 10 * MINUTE + 1) is None
+
+
 @pytest.mark.parametrize("status", sorted(FINAL))
 def test_a_final_ending_is_never_asked_about(status):
     assert due(replace(WATCHED, status=status)) is None

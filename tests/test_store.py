@@ -702,35 +702,38 @@ async def test_likeliness_is_compared_among_those_that_have_been_due_longest(sto
     assert [one.id for one in second] == [last.id]
 
 
-async def test_what_is_overdue_is_claimed_of_whichever_account_the_latest_first(store: Store):
-    accounts = ("luma", "pictory", "not configured any more")
-    late = [
-        await watched(store, account=name, deadline_at=NOW + n, due_at=NOW) for n, name in enumerate(accounts)
-    ]
+async def test_what_is_overdue_is_claimed_the_latest_first(store: Store):
+    late = [await watched(store, f"late {n}", deadline_at=NOW + n, due_at=NOW) for n in range(3)]
     await watched(store, "has time", deadline_at=NOW + 4, due_at=NOW)
     await watched(store, "not due", deadline_at=NOW, due_at=NOW + 4)
     announced_late = await watched(store, "timed out", deadline_at=NOW, due_at=NOW)
     await announced(store, announced_late, LATE)
-    claim = store.generations.claim_overdue
-    first = await claim(now=NOW + 3, limit=2, lease="1", lease_until=NOW + DAY)
-    second = await claim(now=NOW + 3, limit=9, lease="2", lease_until=NOW + DAY)
+
+    async def claim(lease: str, limit: int) -> Sequence[Generation]:
+        return await store.generations.claim_overdue(
+            ["luma"], now=NOW + 3, limit=limit, lease=lease, lease_until=NOW + DAY
+        )
+
+    first, second = await claim("1", 2), await claim("2", 9)
     assert {one.id for one in first} == {one.id for one in late[:2]}
     assert [one.id for one in second] == [late[2].id]
     assert {(one.lease, one.due_at) for one in first} == {("1", NOW + DAY)}
-    assert await claim(now=NOW + 3, limit=9, lease="3", lease_until=NOW + DAY) == []
+    assert await claim("3", 9) == []
 
 
-async def test_what_is_overdue_at_accounts_that_are_spared_is_left_alone(store: Store):
-    made = {
-        name: await watched(store, account=name, deadline_at=NOW, due_at=NOW) for name in ("luma", "vivix")
-    }
+async def test_what_is_overdue_is_claimed_up_to_the_limit_of_each_account_that_is_named(store: Store):
+    names = ("luma", "pictory", "vivix")
+    made = [
+        await watched(store, f"{name} {n}", account=name, deadline_at=NOW + n, due_at=NOW)
+        for name in names
+        for n in range(2)
+    ]
+    assert sorted(await store.generations.watching_accounts()) == list(names)
     claim, until = store.generations.claim_overdue, NOW + DAY
-    spared = ["vivix", "not configured"]
-    taken = await claim(now=NOW, limit=9, lease="1", lease_until=until, spared=spared)
-    assert [one.id for one in taken] == [made["luma"].id]
-    assert await the(store, made["vivix"]) == made["vivix"]
-    taken = await claim(now=NOW, limit=9, lease="2", lease_until=until, spared=[])
-    assert [one.id for one in taken] == [made["vivix"].id]
+    taken = await claim(["vivix", "luma", "nobody's"], now=NOW + 1, limit=1, lease="1", lease_until=until)
+    assert {one.id for one in taken} == {made[0].id, made[4].id}
+    assert await the(store, made[2]) == made[2]
+    assert await claim([], now=NOW + 1, limit=9, lease="2", lease_until=until) == []
 
 
 async def test_the_last_that_ended_at_an_account_are_read_in_the_order_of_their_ends(store: Store):
@@ -1726,12 +1729,8 @@ QUERIES: dict[str, tuple[Callable[[Store], Awaitable[object]], set[str]]] = {
         {"SEARCH generations (account=? AND due_at<?)", "SEARCH generations (account=? AND due_at=?)"},
     ),
     "claim what is overdue": (
-        lambda store: store.generations.claim_overdue(limit=9, **CLAIM),
-        {"SEARCH generations (deadline_at<?)"},
-    ),
-    "claim what is overdue but at some accounts": (
-        lambda store: store.generations.claim_overdue(limit=9, spared=["b", "c"], **CLAIM),
-        {"SEARCH generations (deadline_at<?)"},
+        lambda store: store.generations.claim_overdue(["b", "c"], limit=9, **CLAIM),
+        {"SEARCH generations (account=? AND deadline_at<?)", "SEARCH generations (account=? AND due_at=?)"},
     ),
     "what ended at an account": (
         lambda store: store.generations.ended("a", limit=9),

@@ -238,47 +238,38 @@ class Generations:
                 """,
                 rows,
             )
-            found = await tx.fetch(
-                """
-                SELECT * FROM generations
-                WHERE account IN (:accounts) AND due_at = :lease_until AND lease = :lease
-                """,
-                accounts=list(wanted),
-                lease=lease,
-                lease_until=lease_until,
-            )
-        return [_read(row) for row in found]
+            return await _claimed(tx, list(wanted), lease=lease, lease_until=lease_until)
+
+    async def watching_accounts(self) -> Sequence[str]:
+        """The names of the accounts that have open generations, configured or not."""
+        async with self._db.read(browse=True) as tx:
+            rows = await tx.fetch("SELECT DISTINCT account FROM generations WHERE known_at IS NULL")
+        return [row["account"] for row in rows]
 
     async def claim_overdue(
-        self, *, now: int, limit: int, lease: str, lease_until: int, spared: Sequence[str] = ()
+        self, accounts: Sequence[str], *, now: int, limit: int, lease: str, lease_until: int
     ) -> Sequence[Generation]:
-        """Takes up to `limit` open generations whose deadline has passed, of all accounts but the spared."""
+        """Takes the open generations whose deadline has passed, up to `limit` of each account."""
+        rows = [
+            {"account": account, "limit": limit, "now": now, "lease": lease, "lease_until": lease_until}
+            for account in accounts
+        ]
+        if not rows:
+            return []
         async with self._db.write() as tx:
-            taken = await tx.execute(
+            await tx.execute_many(
                 f"""
                 WITH due AS (
                     SELECT id FROM generations
-                    WHERE known_at IS NULL AND deadline_at <= :now AND due_at <= :now
-                        AND account NOT IN (:spared)
+                    WHERE known_at IS NULL AND account = :account AND deadline_at <= :now AND due_at <= :now
                     ORDER BY deadline_at LIMIT :limit {self._db.skip_locked}
                 )
                 UPDATE generations SET due_at = :lease_until, lease = :lease
                 FROM due WHERE generations.id = due.id
                 """,
-                now=now,
-                limit=limit,
-                spared=[*spared, ""],
-                lease=lease,
-                lease_until=lease_until,
+                rows,
             )
-            if not taken:
-                return []
-            found = await tx.fetch(
-                "SELECT * FROM generations WHERE known_at IS NULL AND deadline_at <= :now AND lease = :lease",
-                now=now,
-                lease=lease,
-            )
-        return [_read(row) for row in found]
+            return await _claimed(tx, accounts, lease=lease, lease_until=lease_until)
 
     async def recover(self, *, now: int) -> int:
         """Makes what a stopped relay was asking about due now; only for a database no other relay uses."""
@@ -401,6 +392,21 @@ async def _get(tx: Transaction, tenant: str, generation_id: str) -> Generation |
         "SELECT * FROM generations WHERE id = :id AND tenant = :tenant", id=generation_id, tenant=tenant
     )
     return _read(rows[0]) if rows else None
+
+
+async def _claimed(
+    tx: Transaction, accounts: Sequence[str], *, lease: str, lease_until: int
+) -> Sequence[Generation]:
+    rows = await tx.fetch(
+        """
+        SELECT * FROM generations
+        WHERE account IN (:accounts) AND due_at = :lease_until AND lease = :lease
+        """,
+        accounts=list(accounts),
+        lease=lease,
+        lease_until=lease_until,
+    )
+    return [_read(row) for row in rows]
 
 
 async def _by_job(tx: Transaction, new: Generation) -> Generation:

@@ -87,7 +87,7 @@ CREATE TABLE generations (
     CONSTRAINT a_job_is_watched_once UNIQUE (account, job_id, tenant)
 );
 CREATE INDEX generations_due ON generations (account, due_at) WHERE due_at IS NOT NULL;
-CREATE INDEX generations_overdue ON generations (deadline_at) WHERE known_at IS NULL;
+CREATE INDEX generations_overdue ON generations (account, deadline_at) WHERE known_at IS NULL;
 CREATE INDEX generations_ended ON generations (account, known_at) WHERE known_at IS NOT NULL;
 CREATE INDEX generations_by_status ON generations (status, id);
 CREATE INDEX generations_of_an_account ON generations (account, id);
