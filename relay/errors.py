@@ -102,7 +102,8 @@ class Limited(Refused):
 class ProviderError(RelayError):
     """Asking a provider went wrong; never a generation's failure.
 
-    `code` is one of `unreachable`, `unavailable`, `rate_limited`, `unauthorized`, `blocked`, `unreadable`.
+    `code` is one of `unreachable`, `unavailable`, `rate_limited`, `unauthorized`, `blocked`,
+    `refused` (this job, not the account), `unreadable`.
     `retry_after` is in milliseconds, when the provider said.
     """
 

@@ -45,8 +45,8 @@ class Health:
         if error is None:
             return self._recovered(now)
         noted = replace(self, last_error=f"{error.code}: {error}", last_error_at=now)
-        if error.code == "rate_limited":
-            return noted  # that is the budget's matter
+        if error.code in ("rate_limited", "refused"):
+            return noted  # that is the budget's matter, or one job's
         if error.code == "unauthorized":
             return noted._paused(Status.UNAUTHORIZED, REFUSED_PAUSE, now, spread)
         noted = replace(noted, failures=self.failures + 1, failing_since=self.failing_since or now)

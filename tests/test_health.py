@@ -101,6 +101,13 @@ def test_throttling_is_no_failure_and_no_recovery():
         assert (then.status, then.paused_until, then.failing_since) == (bad.status, bad.paused_until, NOW)
 
 
+def test_what_is_wrong_with_one_job_only_says_nothing_about_the_account():
+    refused = ProviderError("refused", "luma answered 400: no such kind of id")
+    assert after(Health(), *[refused] * 100).status is Status.OK
+    down = after(Health(), *[DOWN] * 5)
+    assert after(down, *[refused] * 9, now=NOW + MINUTE).paused_until == down.paused_until
+
+
 def test_the_last_error_is_kept_with_its_time_through_a_recovery():
     health = after(after(Health(), ProviderError("unavailable", "503, said the gateway")), None, now=NOW + 1)
     assert (health.last_error, health.last_error_at) == ("unavailable: 503, said the gateway", NOW)

@@ -186,6 +186,23 @@ async def test_an_outage_of_a_provider_announces_nothing_and_ends_with_every_gen
     await relay.eventually("/v1/accounts", lambda shown: not is_failing("luma")(shown))
 
 
+async def test_a_job_that_its_provider_refuses_to_speak_of_times_out_alone(world: World):
+    def refusal(request: Request) -> Response:
+        return JSONResponse({"error": "bad_request", "message": "id is not a UUID"}, status_code=400)
+
+    async with provider_answering(refusal) as origin:
+        relay = await world.relay(accounts=only("luma", world, base_url=origin, poll_interval="100ms"))
+        await world.endpoint(relay, event_types=["account.failing", "generation.timed_out"])
+        request = {"account": "luma", "job_id": "a-typing-error", "timeout_seconds": 3}
+        await relay.api.post("/v1/generations", json=request)
+        [received] = await world.subscriber.got(1)
+        accounts = (await relay.api.get("/v1/accounts")).json()
+    event = json.loads(received.body)
+    assert event["type"] == "generation.timed_out"
+    assert "id is not a UUID" in event["data"]["error"]["message"]
+    assert not is_failing("luma")(accounts)
+
+
 async def test_an_outage_puts_deadlines_off_by_as_long_as_it_lasts(world: World):
     relay = await world.relay(accounts=only("luma", world, poll_interval="100ms", timeout="10m"))
     await world.endpoint(relay)

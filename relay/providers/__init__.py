@@ -27,6 +27,13 @@ PROVIDERS = {
     "pixellabs": "relay.providers.pixellabs:PixelLabs",
     "vivix": "relay.providers.vivix:Vivix",
 }
+# What a status says of a request; any other says that the provider is out of order.
+REFUSALS = {
+    **dict.fromkeys((400, 409, 410, 422), "refused"),
+    401: "unauthorized",
+    403: "blocked",
+    429: "rate_limited",
+}
 # Only what Python itself knows: the tables of machines differ.
 _TYPES = mimetypes.MimeTypes(filenames=())
 KINDS = frozenset({"image", "video", "audio", "3d", "text"})
@@ -148,8 +155,7 @@ def understand(provider: Provider, reply: Reply, *, now: int) -> Update:
     retry_after = parse_retry_after(reply.headers.get("retry-after"), now)
     said = f"{provider.name} answered {reply.status}"
     said += "".join(f": {word[:200]}" for word in (code, message) if word)
-    code = {401: "unauthorized", 403: "blocked", 429: "rate_limited"}.get(reply.status, "unavailable")
-    raise ProviderError(code, said, retry_after=retry_after)
+    raise ProviderError(REFUSALS.get(reply.status, "unavailable"), said, retry_after=retry_after)
 
 
 def missing(answer: Any, message: str, code: str | None, provider_status: str | None = None) -> Update:
