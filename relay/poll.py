@@ -118,12 +118,12 @@ class Poller:
             raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
         budget, now = self.standings[generation.account].budget, self._now()
         _check(budget, now)
+        budget.take(now)
         claimed = await self._store.generations.claim_one(
             generation.id, lease=uuid4().hex, lease_until=now + LEASE
         )
         if claimed is None:
             return generation
-        budget.take(now)
         return await self._ask(claimed, LearnedBy.REFRESH)
 
     async def look(self, account: str, job_id: str) -> Update:
