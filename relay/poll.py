@@ -11,7 +11,7 @@ from uuid import uuid4
 from relay.asker import Asker
 from relay.budget import Budget
 from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
-from relay.generation import ENDINGS, OPEN, Code, Generation, LearnedBy, Update
+from relay.generation import ENDINGS, OPEN, Generation, LearnedBy, Update
 from relay.health import Health, Status
 from relay.providers import Account
 from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask
@@ -232,7 +232,7 @@ class Poller:
                 update = await self._look(account, job_id)
             except ProviderError as problem:
                 error = problem
-        if update is not None and _says_missing(update):
+        if update is not None and update.is_missing:
             missing = generation.missing + 1
             if missing <= len(MISSING_PAUSES):
                 update = None
@@ -378,7 +378,3 @@ def _is_excused(standing: Standing, now: int) -> bool:
 
 def _spread() -> float:
     return random.random()  # noqa: S311 # jitter, not a secret
-
-
-def _says_missing(update: Update) -> bool:
-    return update.error is not None and update.error.code is Code.NOT_FOUND
