@@ -135,13 +135,17 @@ class Poller:
         if account not in self._accounts:
             raise NotFound(f"account {account!r} is not configured")
         standing, now = self.standings[account], self._now()
-        if not standing.health.may_ask(now):
-            wait = standing.health.paused_until - now
+        probes = standing.health.status is not Status.OK
+        if probes and (standing.under_way or not standing.health.may_ask(now)):
+            wait = max(0, standing.health.paused_until - now)
             raise Limited("this account is not asked for the moment", retry_after=wait)
-        budget = standing.budget
-        _check(budget, now)
-        budget.take(now)
-        return await self._look(self._accounts[account], job_id)
+        _check(standing.budget, now)
+        standing.budget.take(now)
+        standing.under_way += probes
+        try:
+            return await self._look(self._accounts[account], job_id)
+        finally:
+            standing.under_way -= probes
 
     def stop_claiming(self) -> None:
         """What is under way goes on."""

@@ -441,6 +441,27 @@ async def test_refreshes_that_come_together_share_the_budget(world: World):
     assert sum(isinstance(one, Limited) for one in refreshed) == 4
 
 
+async def test_looks_that_come_together_while_a_provider_is_probed_are_one_probe(world: World):
+    world.simulator.trouble("luma", "server_error", count=1_000_000)
+    async with running(read_config(world.document(), {}), now=world.clock) as relay:
+        job = world.simulator.submit("luma", duration=0)
+
+        async def look(times: int) -> list[object]:
+            looks = (relay.poller.look("luma", job) for _ in range(times))
+            return list(await asyncio.gather(*looks, return_exceptions=True))
+
+        await look(5)
+        before = len(asks(world, job))
+        world.clock.forward(seconds=20)
+        looked = await look(5)
+        assert len(asks(world, job)) == before + 1
+        assert Counter(type(one) for one in looked) == {ProviderError: 1, Limited: 4}
+        await no_more_troubles(world)
+        world.clock.forward(seconds=40)
+        await look(1)
+        assert not any(isinstance(one, Exception) for one in await look(5))
+
+
 async def test_a_redirect_is_not_followed_and_the_key_goes_nowhere_else(world: World):
     elsewhere: list[Request] = []
 
