@@ -11,7 +11,7 @@ from uuid import uuid4
 from relay.asker import Asker
 from relay.budget import Budget
 from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
-from relay.generation import ENDINGS, OPEN, Code, Generation, LearnedBy, Update
+from relay.generation import ENDINGS, OPEN, Generation, LearnedBy, Update
 from relay.health import Health, Status
 from relay.hints import pause
 from relay.providers import Account
@@ -119,12 +119,12 @@ class Poller:
             raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
         budget, now = self.standings[generation.account].budget, self._now()
         _check(budget, now)
+        budget.take(now)
         claimed = await self._store.generations.claim_one(
             generation.id, lease=uuid4().hex, lease_until=now + LEASE
         )
         if claimed is None:
             return generation
-        budget.take(now)
         return await self._ask(claimed, LearnedBy.REFRESH)
 
     async def look(self, account: str, job_id: str) -> Update:
@@ -136,13 +136,17 @@ class Poller:
         if account not in self._accounts:
             raise NotFound(f"account {account!r} is not configured")
         standing, now = self.standings[account], self._now()
-        if not standing.health.may_ask(now):
-            wait = standing.health.paused_until - now
+        probes = standing.health.status is not Status.OK
+        if probes and (standing.under_way or not standing.health.may_ask(now)):
+            wait = max(0, standing.health.paused_until - now)
             raise Limited("this account is not asked for the moment", retry_after=wait)
-        budget = standing.budget
-        _check(budget, now)
-        budget.take(now)
-        return await self._look(self._accounts[account], job_id)
+        _check(standing.budget, now)
+        standing.budget.take(now)
+        standing.under_way += probes
+        try:
+            return await self._look(self._accounts[account], job_id)
+        finally:
+            standing.under_way -= probes
 
     def stop_claiming(self) -> None:
         """What is under way goes on."""
@@ -237,7 +241,7 @@ class Poller:
             except ProviderError as problem:
                 error = problem
         if update is not None:
-            missing = generation.missing + 1 if _says_missing(update) else 0
+            missing = generation.missing + 1 if update.is_missing else 0
             if 0 < missing <= len(MISSING_PAUSES):
                 update = None
         if generation.job_id is None and job_id is not None and asks:
@@ -383,7 +387,3 @@ def _is_excused(standing: Standing, now: int) -> bool:
 
 def _spread() -> float:
     return random.random()  # noqa: S311 # jitter, not a secret
-
-
-def _says_missing(update: Update) -> bool:
-    return update.error is not None and update.error.code is Code.NOT_FOUND

@@ -106,8 +106,9 @@ def first_ask(
     if not job_known:
         return Ask(deadline_at)
     if awaits_callback:
-        return Ask(min(now + max(pace.backstop, pace.interval), deadline_at))
-    pause = max(pace.interval, plan.next_look(0, _price(plan, 1.0)) if plan is not None else 0)
+        pause: float = max(pace.backstop, pace.interval)
+    else:
+        pause = max(pace.interval, plan.next_look(0, _price(plan, 1.0)) if plan is not None else 0)
     return _likely(plan, min(now + round(pause), deadline_at), 0, pause)
 
 

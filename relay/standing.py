@@ -62,7 +62,7 @@ class Standing:
 def how_long(generation: Generation) -> Seen | None:
     """How long an ended job took: as its provider says, where that can be, else between two asks."""
     update, known_at, start = generation.update, generation.known_at, generation.started_at
-    if generation.status not in FINAL or update is None or known_at is None:
+    if generation.status not in FINAL or update is None or known_at is None or update.is_missing:
         return None
     low = max(0, generation.open_at - start) if generation.open_at is not None else 0
     high = known_at - start

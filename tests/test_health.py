@@ -105,6 +105,13 @@ def test_a_provider_that_throttles_is_there_but_has_not_taken_the_credential():
     assert not refused.may_ask(NOW + MINUTE)
 
 
+def test_what_is_wrong_with_one_job_only_says_nothing_about_the_account():
+    refused = ProviderError("refused", "luma answered 400: no such kind of id")
+    assert after(Health(), *[refused] * 100).status is Status.OK
+    down = after(Health(), *[DOWN] * 5)
+    assert after(down, *[refused] * 9, now=NOW + MINUTE).paused_until == down.paused_until
+
+
 def test_the_last_error_is_kept_with_its_time_through_a_recovery():
     health = after(after(Health(), ProviderError("unavailable", "503, said the gateway")), None, now=NOW + 1)
     assert (health.last_error, health.last_error_at) == ("unavailable: 503, said the gateway", NOW)

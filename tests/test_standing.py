@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from relay.budget import AT_ONCE, Budget
 from relay.durations import Seen
 from relay.errors import ProviderError
-from relay.generation import FINAL, Generation, Status, Update
+from relay.generation import FINAL, Code, Generation, Problem, Status, Update
 from relay.schedule import Pace
 from relay.standing import ENOUGH, TOLERANCE, Standing, how_long
 
@@ -225,3 +225,8 @@ def test_requests_under_way_end_with_the_process():
     one.under_way = 5
     again.resume(one.kept())
     assert again.under_way == 0
+
+
+def test_a_job_that_never_was_teaches_nothing():
+    never_was = Update(Status.FAILED, error=Problem(Code.NOT_FOUND, "no such job"))
+    assert how_long(replace(ended(status=Status.FAILED), update=never_was)) is None

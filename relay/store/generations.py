@@ -324,7 +324,7 @@ _HINT = f"""
         END,
         missing = CASE WHEN job_id IS NULL THEN 0 ELSE missing END,
         claimed_job_id = CASE WHEN job_id IS NULL THEN :job_id ELSE NULL END
-    WHERE id = :id AND status NOT IN ({_FINAL}) AND (job_id IS NOT NULL OR :job_id IS NOT NULL)
+    WHERE id = :id AND status NOT IN ({_FINAL}) AND COALESCE(job_id, :job_id) IS NOT NULL
 """
 
 
