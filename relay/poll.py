@@ -15,7 +15,7 @@ from relay.generation import ENDINGS, OPEN, Generation, LearnedBy, Update
 from relay.health import Health, Status
 from relay.hints import pause
 from relay.providers import Account
-from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask
+from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask, sightings
 from relay.standing import Standing
 from relay.store import Store
 
@@ -241,7 +241,7 @@ class Poller:
             except ProviderError as problem:
                 error = problem
         if update is not None:
-            missing = generation.missing + 1 if update.is_missing else 0
+            missing = sightings(generation, now=self._now()) if update.is_missing else 0
             if 0 < missing <= len(MISSING_PAUSES):
                 update = None
         if generation.job_id is None and job_id is not None and asks:
