@@ -710,7 +710,7 @@ async def test_what_is_overdue_is_claimed_the_latest_first(store: Store):
 
     async def claim(lease: str, limit: int) -> Sequence[Generation]:
         return await store.generations.claim_overdue(
-            ["luma"], now=NOW + 3, limit=limit, lease=lease, lease_until=NOW + DAY
+            {"luma": limit}, now=NOW + 3, lease=lease, lease_until=NOW + DAY
         )
 
     first, second = await claim("1", 2), await claim("2", 9)
@@ -729,10 +729,11 @@ async def test_what_is_overdue_is_claimed_up_to_the_limit_of_each_account_that_i
     ]
     assert sorted(await store.generations.watching_accounts()) == list(names)
     claim, until = store.generations.claim_overdue, NOW + DAY
-    taken = await claim(["vivix", "luma", "nobody's"], now=NOW + 1, limit=1, lease="1", lease_until=until)
-    assert {one.id for one in taken} == {made[0].id, made[4].id}
+    wanted = {"vivix": 2, "luma": 1, "nobody's": 1}
+    taken = await claim(wanted, now=NOW + 1, lease="1", lease_until=until)
+    assert {one.id for one in taken} == {made[0].id, made[4].id, made[5].id}
     assert await the(store, made[2]) == made[2]
-    assert await claim([], now=NOW + 1, limit=9, lease="2", lease_until=until) == []
+    assert await claim({}, now=NOW + 1, lease="2", lease_until=until) == []
 
 
 async def test_the_last_that_ended_at_an_account_are_read_in_the_order_of_their_ends(store: Store):
@@ -1728,7 +1729,7 @@ QUERIES: dict[str, tuple[Callable[[Store], Awaitable[object]], set[str]]] = {
         {"SEARCH generations (account=? AND due_at<?)", "SEARCH generations (account=? AND due_at=?)"},
     ),
     "claim what is overdue": (
-        lambda store: store.generations.claim_overdue(["b", "c"], limit=9, **CLAIM),
+        lambda store: store.generations.claim_overdue({"b": 9, "c": 9}, **CLAIM),
         {"SEARCH generations (account=? AND deadline_at<?)", "SEARCH generations (account=? AND due_at=?)"},
     ),
     "what ended at an account": (

@@ -245,12 +245,12 @@ class Generations:
         return [row["account"] for row in rows]
 
     async def claim_overdue(
-        self, accounts: Sequence[str], *, now: int, limit: int, lease: str, lease_until: int
+        self, wanted: Mapping[str, int], *, now: int, lease: str, lease_until: int
     ) -> Sequence[Generation]:
-        """Takes the open generations whose deadline has passed, up to `limit` of each account."""
+        """Takes open generations whose deadline has passed, up to so many of each account."""
         rows = [
             {"account": account, "limit": limit, "now": now, "lease": lease, "lease_until": lease_until}
-            for account in accounts
+            for account, limit in wanted.items()
         ]
         if not rows:
             return []
@@ -267,7 +267,7 @@ class Generations:
                 """,
                 rows,
             )
-            return await _claimed(tx, accounts, lease=lease, lease_until=lease_until)
+            return await _claimed(tx, list(wanted), lease=lease, lease_until=lease_until)
 
     async def recover(self, *, now: int) -> int:
         """Makes what a stopped relay was asking about due now; only for a database no other relay uses."""
@@ -400,7 +400,7 @@ async def _claimed(
         SELECT * FROM generations
         WHERE account IN (:accounts) AND due_at = :lease_until AND lease = :lease
         """,
-        accounts=list(accounts),
+        accounts=accounts,
         lease=lease,
         lease_until=lease_until,
     )

@@ -394,7 +394,7 @@ def _delivery_fields(one: Delivery) -> dict[str, Any]:
 def _account(relay: Relay, name: str) -> r.AccountResource:
     account, standing, now = relay.accounts[name], relay.poller.standings[name], relay.now()
     health, budget = standing.health, standing.budget
-    wait = max(budget.wait(now), 0 if health.may_ask(now) else health.paused_until - now)
+    wait = standing.wait(now)
     return r.AccountResource(
         name=name,
         provider=account.provider.name,
