@@ -256,7 +256,7 @@ class Poller:
         """A job id that only a callback claimed is believed once the provider knows such a job of ours."""
         if update is not None and not missing:
             try:
-                await self._store.generations.name_job(generation, job_id, due_at=None)
+                await self._store.generations.name_job(generation, job_id, ask=None)
                 return replace(generation, job_id=job_id, claimed_job_id=None), update
             except Conflict:
                 log.warning("poll.claim_refused", extra={"generation": generation.id, "job": job_id})

@@ -24,7 +24,7 @@ from relay.generation import Status as Is
 from relay.hints import Turns
 from relay.ids import new_id
 from relay.prune import prune
-from relay.schedule import LEAST_RATE, Asked
+from relay.schedule import LEAST_RATE, Ask, Asked
 from relay.store import Store, open_database, store_on
 from relay.store.events import Change, Handoff, Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
@@ -944,14 +944,16 @@ async def test_a_hint_about_what_has_ended_or_names_no_job_changes_nothing(store
 
 async def test_naming_a_job(store: Store):
     made, other = await watched(store, None), await watched(store, "taken")
-    await store.generations.name_job(made, "job-1", due_at=NOW + 3)
+    await store.generations.name_job(made, "job-1", ask=Ask(NOW + 3, chance=0.7, rate=0.01))
+    now = await the(store, made)
+    assert (now.due_at, now.chance, now.rate) == (NOW + 3, 0.7, 0.01)
     named = await store.generations.get(TENANT, made.id)
     assert named is not None
     assert (named.job_id, named.due_at) == ("job-1", NOW + 3)
-    await store.generations.name_job(made, "job-1", due_at=None)
+    await store.generations.name_job(made, "job-1", ask=None)
     for generation, job_id in ((made, "job-2"), (made, "taken"), (other, "job-1")):
         with pytest.raises(Conflict):
-            await store.generations.name_job(generation, job_id, due_at=None)
+            await store.generations.name_job(generation, job_id, ask=None)
 
 
 async def test_describing_replaces_the_metadata_of_its_own_tenant_only(store: Store):
