@@ -22,6 +22,8 @@ from relay.store import Store
 log = logging.getLogger(__name__)
 LEASE = 60_000
 OVERDUE = 100
+# Without a request to spare for so long, what is overdue is over unasked.
+UNASKED_AFTER = 60_000
 # What is known of the accounts is written down so often.
 KEPT_EVERY = 1_000
 # Of an account's past so much is read at the start to learn from.
@@ -165,18 +167,15 @@ class Poller:
             log.error("poll.not_kept: %s", error)
 
     async def _claim_overdue(self, now: int) -> None:
-        judged = [name for name, one in self.standings.items() if not _is_excused(one, now)]
+        judged = {name: one for name, one in self.standings.items() if not _is_excused(one, now)}
+        rooms = {name: room for name, one in judged.items() if (room := one.room(now)) > 0}
+        unasked = [name for name, one in judged.items() if one.wait(now) > UNASKED_AFTER]
+        wanted = {**dict.fromkeys([*unasked, *self._strangers], OVERDUE), **rooms}
         overdue = await self._store.generations.claim_overdue(
-            [*judged, *self._strangers],
-            now=now,
-            limit=OVERDUE,
-            lease=uuid4().hex,
-            lease_until=now + LEASE,
+            wanted, now=now, lease=uuid4().hex, lease_until=now + LEASE
         )
         for generation in overdue:
-            # Without a request to spare it is over all the same, unasked.
-            standing = self.standings.get(generation.account)
-            self._begin(generation, now, asks=standing is not None and standing.room(now) > 0)
+            self._begin(generation, now, asks=generation.account in rooms)
 
     def _begin(self, generation: Generation, now: int, *, asks: bool) -> None:
         standing = self.standings.get(generation.account)
@@ -261,7 +260,7 @@ class Poller:
         """A job id that only a callback claimed is believed once the provider knows such a job of ours."""
         if update is not None and not missing:
             try:
-                await self._store.generations.name_job(generation, job_id, due_at=None)
+                await self._store.generations.name_job(generation, job_id, ask=None)
                 return replace(generation, job_id=job_id, claimed_job_id=None), update
             except Conflict:
                 log.warning("poll.claim_refused", extra={"generation": generation.id, "job": job_id})

@@ -105,10 +105,11 @@ def first_ask(
     pace: Pace, plan: Plan | None, *, now: int, deadline_at: int, job_known: bool, awaits_callback: bool
 ) -> Ask:
     """When a generation that is now being watched is asked about first."""
+    pause: float
     if not job_known:
-        return Ask(deadline_at)
-    if awaits_callback:
-        pause: float = max(pace.backstop, pace.interval)
+        pause = deadline_at - now
+    elif awaits_callback:
+        pause = max(pace.backstop, pace.interval)
     else:
         pause = max(pace.interval, plan.next_look(0, _price(plan, 1.0)) if plan is not None else 0)
     return _likely(plan, min(now + round(pause), deadline_at), 0, pause)

@@ -38,6 +38,11 @@ class Standing:
         most = AT_ONCE if self.health.status is Status.OK else 1
         return max(0, min(most - self.under_way, self.budget.available(now)))
 
+    def wait(self, now: int) -> int:
+        """Milliseconds until a request may be made."""
+        paused = 0 if self.health.may_ask(now) else self.health.paused_until - now
+        return max(self.budget.wait(now), paused)
+
     def plan(self, generation: Generation | None = None) -> Plan | None:
         """What is known of how long a job takes; None when that is nothing."""
         if self.pace.typical is None and self.experience.count < ENOUGH:

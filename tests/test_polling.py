@@ -377,6 +377,21 @@ async def test_an_answer_at_the_deadline_is_the_end_and_not_a_timeout(world: Wor
     assert (event["type"], event["data"]["late"]) == ("generation.completed", False)
 
 
+async def test_what_ended_while_no_relay_ran_is_asked_about_before_it_is_said_to_have_timed_out(
+    world: World,
+):
+    async with world.running() as relay:
+        await world.endpoint(relay)
+        for _ in range(80):
+            await world.watch(relay, "vivix", duration=300)
+    world.clock.forward(seconds=2 * 3600)
+    await world.relay()
+    received = await world.subscriber.got(80)
+    events = [json.loads(one.body) for one in received]
+    assert Counter(event["type"] for event in events) == {"generation.completed": 80}
+    assert not any(event["data"]["late"] for event in events)
+
+
 async def test_a_provider_that_is_down_at_the_deadline_leaves_a_generation_that_may_still_finish(
     world: World,
 ):

@@ -221,11 +221,13 @@ def test_the_first_ask_waits_for_the_job_or_for_the_callback(job_known, awaits_c
     assert asked.due_at == START + after
 
 
-def test_who_awaits_a_callback_is_as_likely_to_have_ended_as_others_of_that_age():
+@pytest.mark.parametrize(("job_known", "age"), [(True, PACE.backstop), (False, HOUR)])
+def test_who_awaits_a_callback_is_as_likely_to_have_ended_as_others_of_that_age(job_known, age):
     plan = Plan(log_normal(45 * SECOND, 1.0))
-    asked = first_ask(PACE, plan, now=START, deadline_at=START + HOUR, job_known=True, awaits_callback=True)
-    expected = -math.log(1 - plan.ended_since(0, PACE.backstop))
-    assert asked.chance == pytest.approx(expected)
+    asked = first_ask(
+        PACE, plan, now=START, deadline_at=START + HOUR, job_known=job_known, awaits_callback=True
+    )
+    assert asked.chance == pytest.approx(-math.log(1 - plan.ended_since(0, age)))
 
 
 @given(PACES, PLANS, st.integers(0, HOUR), st.booleans(), st.booleans())
