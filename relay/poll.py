@@ -14,7 +14,7 @@ from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
 from relay.generation import ENDINGS, OPEN, Code, Generation, LearnedBy, Update
 from relay.health import Health, Status
 from relay.providers import Account
-from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask
+from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask, sightings
 from relay.standing import Standing
 from relay.store import Store
 
@@ -229,7 +229,7 @@ class Poller:
             except ProviderError as problem:
                 error = problem
         if update is not None and _says_missing(update):
-            missing = generation.missing + 1
+            missing = sightings(generation, now=self._now())
             if missing <= len(MISSING_PAUSES):
                 update = None
         if generation.job_id is None and job_id is not None and asks:

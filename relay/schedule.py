@@ -24,6 +24,8 @@ LONGEST_BACKOFF = 60_000
 LONGEST_RETRY_AFTER = 3_600_000
 # "No such job" may only mean "not yet visible": believed when it was said again after these pauses.
 MISSING_PAUSES = (5_000, 15_000, 45_000)
+# Jobs that are begun together do not stay together: a pause is up to a twentieth shorter or longer.
+SPREAD = 0.05
 # While nobody knows how long such jobs take, the news is at most this share of their age late.
 UNKNOWN_SHARE = 0.1
 # What a provider says of the progress may make a pause so many times longer or shorter.
@@ -134,9 +136,20 @@ def next_ask(
     if heard is not None and heard.elapsed_ms is not None:
         age = heard.elapsed_ms
     pause = _pause(generation, pace, plan, age=age, scarcity=scarcity, heard=heard, error=error)
-    pause = max(pace.interval, _told_to_wait(error), pause * (0.95 + 0.1 * spread))
+    pause = max(pace.interval, _told_to_wait(error), pause * (1 - SPREAD + 2 * SPREAD * spread))
     due_at = min(now + round(pause), max(now, generation.deadline_at))
     return _likely(plan, due_at, age, pause)
+
+
+def sightings(generation: Generation, *, now: int) -> int:
+    """How many times in a row "no such job" has been said, with this time. One that comes before its pause is
+    over, because a user or a callback made Relay ask, is none more: it says nothing new."""
+    seen = generation.missing
+    if seen and generation.asked_at is not None:
+        pause = MISSING_PAUSES[min(seen, len(MISSING_PAUSES)) - 1] * (1 - SPREAD)
+        if now < generation.asked_at + int(pause):
+            return seen
+    return seen + 1
 
 
 def _told_to_wait(error: ProviderError | None) -> int:
