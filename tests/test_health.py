@@ -1,6 +1,7 @@
 """How an account is, for every course that its answers may take."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -260,7 +261,10 @@ def test_of_many_outages_the_last_fifty_are_remembered():
 @given(COURSES)
 def test_health_survives_a_restart(course):
     for _, _, health in follow(course):
-        assert Health.resumed(json.loads(json.dumps(health.kept()))) == health
+        again = Health.resumed(json.loads(json.dumps(health.kept())))
+        if health.status is Status.UNAUTHORIZED:
+            again = replace(again, paused_until=health.paused_until)
+        assert again == health
 
 
 def test_nothing_that_was_kept_is_a_fresh_start():
@@ -271,3 +275,14 @@ def test_what_another_version_kept_is_no_error():
     kept = {**after(Health(), REFUSED).kept(), "of_another_version": 1}
     del kept["trips"]
     assert Health.resumed(kept).status is Status.UNAUTHORIZED
+
+
+def test_a_restart_tries_a_refused_credential_at_once_for_it_may_be_another_one():
+    refused = after(Health(), REFUSED)
+    again = Health.resumed(refused.kept())
+    assert (again.status, again.failing_since) == (refused.status, refused.failing_since)
+    assert again.may_ask(NOW)
+
+
+def test_a_status_of_another_release_is_none():
+    assert Health.resumed({**after(Health(), REFUSED).kept(), "status": "drowsy"}) == Health()
