@@ -829,9 +829,9 @@ def check(history: History, shown: dict[str, Any], endings: Sequence[dict[str, A
 )
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_whoever_speaks_when_and_how_often_there_is_one_end_and_the_provider_has_said_it(
-    world: World, told: "Told", steps: Sequence[tuple[str, Any]], known: bool, saying: str
+    told: "Told", steps: Sequence[tuple[str, Any]], known: bool, saying: str
 ):
-    history = await told.history(world, known=known)
+    history = await told.history(known=known)
     for step in steps:
         await history.step(*step)
     shown = await history.end(saying)
@@ -845,7 +845,7 @@ async def test_whoever_speaks_when_and_how_often_there_is_one_end_and_the_provid
     endings = [one for one in await events_of(history.relay, shown) if one["type"] in ENDINGS]
     check(history, shown, endings)
     path = f"/{history.job_id}"
-    heard = await world.subscriber.got(len(endings), path=path)
+    heard = await told.world.subscriber.got(len(endings), path=path)
     assert sorted(one.headers["webhook-id"] for one in heard) == sorted(one["id"] for one in endings)
     await history.relay.api.delete(history.path)
 
@@ -854,15 +854,16 @@ async def test_whoever_speaks_when_and_how_often_there_is_one_end_and_the_provid
 class Told:
     """The relay that all histories share, and their provider."""
 
+    world: World
     relay: RunningRelay
     oracle: Oracle
     count: int = 0
 
-    async def history(self, world: World, *, known: bool) -> History:
+    async def history(self, *, known: bool) -> History:
         self.count += 1
         job_id = f"job-{self.count}"
         self.oracle.sayings[job_id] = "running"
-        body = {"account": "pictory", "callback_url": f"{world.subscriber.origin}/{job_id}"}
+        body = {"account": "pictory", "callback_url": f"{self.world.subscriber.origin}/{job_id}"}
         body |= {"job_id": job_id} if known else {}
         made = await self.relay.api.post("/v1/generations", json=body)
         assert made.status_code == 201, made.text
@@ -874,4 +875,4 @@ async def told(world: World) -> AsyncIterator[Told]:
     async with oracle_of(world) as (oracle, origin):
         accounts = only("pictory", world, base_url=origin, poll_interval="100ms", timeout="30m")
         async with world.running(accounts=accounts) as relay:
-            yield Told(relay, oracle)
+            yield Told(world, relay, oracle)
