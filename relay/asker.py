@@ -84,7 +84,7 @@ class Asker:
             raise ProviderError("unreadable", f"{account.provider.name} failed to read it: {said}") from error
         try:
             # A provider file that is not ours may say anything, and what is stored must be readable again.
-            _UPDATE.validate_python(asdict(update))
+            _UPDATE.validate_python(asdict(replace(update, raw=None)))
         except ValidationError as error:
             said = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
             raise ProviderError("unreadable", f"{account.provider.name} gave a wrong {said}") from error
