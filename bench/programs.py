@@ -122,15 +122,6 @@ def naive(directory: str) -> Iterator[tuple[Process, int]]:
         process.stop()
 
 
-def register(port: int, sink: int, *, fan_out: int) -> list[str]:
-    """Endpoints, `fan_out` of them for each type; the types."""
-    types = [f"bench.{number}" for number in range(ENDPOINTS // fan_out)]
-    for number in range(ENDPOINTS):
-        type_ = types[number % len(types)]
-        post(port, "/v1/endpoints", {"url": f"http://{HOST}:{sink}/{number}", "event_types": [type_]})
-    return types
-
-
 def fill(directory: str, count: int, *, due: bool = False, later: int = 0) -> None:
     """Writes deliveries into a stopped relay's store: due ones to its endpoints, or finished ones with an
     attempt each to endpoints of the past."""

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from starlette.applications import Starlette
 
-from relay import event, signature
+from relay import signature
 from relay.asker import Asker
 from relay.batch import Batch
 from relay.callback import Callbacks
@@ -17,12 +17,10 @@ from relay.config import Settings, accounts
 from relay.deliver import Deliverer
 from relay.generation import Update
 from relay.guard import Guard
-from relay.health import Health, Status
 from relay.hints import Turns
 from relay.ids import new_id
 from relay.ingest import Ingest
 from relay.poll import Poller
-from relay.providers import Account
 from relay.prune import prune
 from relay.renew import Renewer
 from relay.sender import Sender
@@ -173,17 +171,7 @@ def _assemble(
         now=now,
     )
 
-    async def account_changed(account: Account, health: Health) -> None:
-        said = {"account": account.name, "status": health.status.value, "error": health.last_error}
-        log.warning("account.changed", extra=said)
-        about = (DEFAULT, account.name, account.provider.name)
-        if health.status is Status.OK:
-            change = event.account_recovered(*about, now=now())
-        else:
-            change = event.account_failing(*about, health.last_error or "", now=now())
-        await ingest.announce([change])
-
-    poller = Poller(store, asker, configured, record=ingest.record, changed=account_changed, now=now)
+    poller = Poller(store, asker, configured, record=ingest.record, changed=ingest.account_changed, now=now)
     turns = {
         name: Turns(account.requests_per_minute, account.pace.interval)
         for name, account in configured.items()

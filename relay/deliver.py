@@ -9,14 +9,15 @@ import logging
 import random
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from uuid import uuid4
 
 from relay import event, signature
 from relay.batch import Batch
 from relay.breaker import Breaker
-from relay.delivery import Answer, Claimed, Code, Settlement, Trigger, settle
+from relay.delivery import Answer, Claimed, Code, Settlement, settle
+from relay.lane import PATIENCE, Lane
 from relay.sender import Sender
 from relay.store import Store
 from relay.store.events import Handoff
@@ -24,85 +25,13 @@ from relay.store.events import Handoff
 log = logging.getLogger(__name__)
 LEASE = 45_000
 MARGIN = 5_000
-# In memory at most: deliveries in all, bytes of bodies in all, deliveries of one lane.
-HELD, HELD_BYTES, HELD_PER_LANE = 4_000, 64 * 1024 * 1024, 512
-# A lane holds what it can send within so many milliseconds, so that leases do not run out in it.
-AHEAD = 10_000
-UNKNOWN_LATENCY = 500
-# A lane that must wait longer than this gives back what it holds.
-PATIENCE = 2_000
+# In memory at most: deliveries in all, bytes of bodies in all.
+HELD, HELD_BYTES = 4_000, 64 * 1024 * 1024
 SWEPT = 500
 # Idle lanes are kept for what is known of their endpoints.
 LANES_KEPT = 10_000
-# Endpoints that have not answered well of late share half of all slots, and each has few of them once a
-# quarter of that half is taken.
-OVERDUE, UNPROVEN_SLOTS = 1_000, 2
 # How long at least a delivery waits for fresh URLs when its provider cannot give them now.
 POSTPONED = 60_000
-# While fresh work waits, one in so many of a lane's attempts is a retry.
-RETRIES_TURN = 5
-
-
-@dataclass(slots=True)
-class Lane:
-    """The deliveries to one destination that are in memory, and how it is."""
-
-    fresh: deque[Claimed] = field(default_factory=deque)
-    retries: deque[Claimed] = field(default_factory=deque)
-    sending: int = 0
-    breaker: Breaker = field(default_factory=Breaker)
-    ready: bool = False  # in the ring of those whose turn comes, or waiting for a moment
-    backlog: bool = False  # more of it is due in the store
-    well: bool | None = None  # how its last attempt went; None when only the store may know
-    begun: dict[str, float] = field(default_factory=dict)  # when the attempts in flight began, oldest first
-    turn: int = 0
-    rate_limit: float | None = None
-    next_at: float = 0.0  # when its rate limit allows the next attempt
-
-    @property
-    def waiting(self) -> int:
-        return len(self.fresh) + len(self.retries)
-
-    @property
-    def held(self) -> int:
-        return self.waiting + self.sending
-
-    def is_proven(self, now: float) -> bool:
-        """Whether its last answer was good and none is overdue: only then it may take many slots."""
-        return self.well is True and now - next(iter(self.begun.values()), now) < OVERDUE
-
-    def slots(self, now: int, most: int, *, crowded: bool) -> int:
-        """How many may be in flight at once; `crowded` says that many are whose endpoints may hang."""
-        slots = self.breaker.slots(now, most)
-        return min(slots, UNPROVEN_SLOTS) if crowded and not self.is_proven(now) else slots
-
-    def room(self, now: int, most: int) -> int:
-        """How many more it may hold: what it sends within AHEAD; negative when it holds too many."""
-        slots = self.breaker.slots(now, most)
-        if slots == 0 or self.next_at > now + PATIENCE:
-            return -self.held
-        if self.breaker.trips:
-            return 1 - self.held
-        latency = max(1.0, UNKNOWN_LATENCY if self.breaker.latency is None else self.breaker.latency)
-        room = min(HELD_PER_LANE, max(2 * slots, round(slots * AHEAD / latency)))
-        if self.rate_limit is not None:
-            room = min(room, max(1, round(self.rate_limit * PATIENCE / 1000)))
-        return room - self.held
-
-    def is_idle(self, now: int, most: int) -> bool:
-        """Whether forgetting it loses nothing."""
-        healthy = self.breaker.slots(now, most) == most and not self.breaker.failures
-        return not self.held and healthy and not self.backlog and self.next_at <= now
-
-    def put(self, one: Claimed) -> None:
-        (self.retries if _is_retry(one) else self.fresh).append(one)
-
-    def take(self, *, retries_allowed: bool) -> Claimed | None:
-        self.turn += 1
-        its_turn = not self.fresh or self.turn % RETRIES_TURN == 0
-        if self.retries and retries_allowed and its_turn:
-            return self.retries.popleft()
-        return self.fresh.popleft() if self.fresh else None
 
 
 class Deliverer:
@@ -328,7 +257,7 @@ class Deliverer:
                 continue
             lane.sending += 1
             self._sending += 1
-            self._retrying += _is_retry(one)
+            self._retrying += one.is_retry
             lane.rate_limit = one.rate_limit
             if one.rate_limit is not None:
                 lane.next_at = max(self._now(), lane.next_at) + 1000 / one.rate_limit
@@ -371,7 +300,7 @@ class Deliverer:
             self._unproven -= unproven
             if answer is not None:
                 news = self._learn(lane, one, answer)
-            self._retrying -= _is_retry(one)
+            self._retrying -= one.is_retry
             self._unpark()
             self._offer(name, lane)
             self._pump()
@@ -446,10 +375,6 @@ class Deliverer:
     async def _postpone(self, postponed: Sequence[tuple[Claimed, int]]) -> Sequence[None]:
         await self._store.deliveries.postpone(postponed)
         return [None] * len(postponed)
-
-
-def _is_retry(one: Claimed) -> bool:
-    return one.run_attempts > 0 or one.trigger is Trigger.REPLAY
 
 
 def _spread() -> float:

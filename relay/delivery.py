@@ -104,6 +104,11 @@ class Claimed:
     def destination(self) -> str:
         return destination(self.endpoint_id, self.url)
 
+    @property
+    def is_retry(self) -> bool:
+        """Whether it has been tried, or told, before."""
+        return self.run_attempts > 0 or self.trigger is Trigger.REPLAY
+
 
 @dataclass(frozen=True, slots=True)
 class Settlement:

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from relay.batch import Batch
 from relay.delivery import Claimed
 from relay.errors import Refused
-from relay.event import ENDINGS, UNKNOWN_STATUS, Event, news
+from relay.event import ENDINGS, UNKNOWN_STATUS, Event, account_failing, account_recovered, news
 from relay.generation import Generation
+from relay.health import Health, Status
+from relay.providers import Account
 from relay.schedule import Report
 from relay.store import Store
 from relay.store.events import Change, Handoff, Publication
+from relay.store.tenants import DEFAULT
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,16 @@ class Ingest:
     async def announce(self, events: Sequence[Event]) -> None:
         """Makes events of Relay's own known to the endpoints that want them, durably, all or none."""
         self._accept(await self._store.events.announce(events, self._handoff(), now=self._now()))
+
+    async def account_changed(self, account: Account, health: Health) -> None:
+        """Announces that an account cannot be asked any more, or can again."""
+        said = {"account": account.name, "status": health.status.value, "error": health.last_error}
+        log.warning("account.changed", extra=said)
+        about, now = (DEFAULT, account.name, account.provider.name), self._now()
+        if health.status is Status.OK:
+            await self.announce([account_recovered(*about, now=now)])
+        else:
+            await self.announce([account_failing(*about, health.last_error or "", now=now)])
 
     def stop_waiting(self) -> None:
         """Whoever waits for an end is answered now."""

@@ -28,8 +28,6 @@ UNASKED_AFTER = 60_000
 KEPT_EVERY = 1_000
 # Of an account's past so much is read at the start to learn from.
 LEARNED_FROM = 500
-# A deadline is put off for outages by no more than this.
-LONGEST_OUTAGE = 86_400_000
 
 
 class Poller:
@@ -167,7 +165,7 @@ class Poller:
             log.error("poll.not_kept: %s", error)
 
     async def _claim_overdue(self, now: int) -> None:
-        judged = {name: one for name, one in self.standings.items() if not _is_excused(one, now)}
+        judged = {name: one for name, one in self.standings.items() if not one.is_excused(now)}
         rooms = {name: room for name, one in judged.items() if (room := one.room(now)) > 0}
         unasked = [name for name, one in judged.items() if one.wait(now) > UNASKED_AFTER]
         wanted = {**dict.fromkeys([*unasked, *self._strangers], OVERDUE), **rooms}
@@ -245,7 +243,8 @@ class Poller:
                 update = None
         if generation.job_id is None and job_id is not None and asks:
             generation, update = await self._check_claim(generation, job_id, update, missing)
-        generation = self._excused(generation)
+        if generation.account in self.standings:
+            generation = self.standings[generation.account].excuse(generation, now=self._now())
         if self._is_over(generation, update):
             update, learned_by = generation.timed_out(), LearnedBy.DEADLINE
         asked = self._asked(generation, account, update, error=error, missing=missing)
@@ -268,17 +267,6 @@ class Poller:
             return generation, None
         await self._store.generations.drop_claim(generation)
         return replace(generation, claimed_job_id=None, hint_asks=None, missing=0), None
-
-    def _excused(self, generation: Generation) -> Generation:
-        """With its deadline put off by as long as its account could not be asked."""
-        standing = self.standings.get(generation.account)
-        if standing is None or generation.status not in OPEN:
-            return generation
-        outage = min(standing.health.outage(generation.created_at, self._now()), LONGEST_OUTAGE)
-        more = outage - generation.outage
-        if more <= 0:
-            return generation
-        return replace(generation, deadline_at=generation.deadline_at + more, outage=outage)
 
     def _is_over(self, generation: Generation, update: Update | None) -> bool:
         told = update is not None and update.status in ENDINGS
@@ -375,13 +363,6 @@ class Poller:
 def _check(budget: Budget, now: int) -> None:
     if wait := budget.wait(now):
         raise Limited("this account's requests are used up for the moment", retry_after=wait)
-
-
-def _is_excused(standing: Standing, now: int) -> bool:
-    """Whether deadlines of its generations wait until it can be asked again."""
-    since = standing.health.failing_since
-    out = standing.health.status is not Status.OK
-    return out and since is not None and now - since < LONGEST_OUTAGE
 
 
 def _spread() -> float:

@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
+from relay.budget import AT_ONCE
 from relay.errors import Limited, NotFound, ProviderError
 from relay.event import Event, renewed
 from relay.generation import ENDINGS, Output, Status, Update
@@ -13,8 +14,6 @@ from relay.store import Store
 log = logging.getLogger(__name__)
 # How long an event is held back for a provider that cannot be asked.
 PATIENCE = 3_600_000
-# Of one account: who comes beyond that comes again.
-AT_ONCE = 32
 
 
 class Renewer:
@@ -65,7 +64,7 @@ class Renewer:
             return ()
         account, job_id = found[0].account, found[0].job_id
         if self._asking[account] >= AT_ONCE:
-            return None
+            return None  # who comes beyond that comes again
         self._asking[account] += 1
         try:
             update = await self._look(account, job_id)

@@ -187,8 +187,7 @@ def _pause(
     error: ProviderError | None,
 ) -> float:
     if error is not None:
-        backoff = min(pace.interval << min(generation.errors, 16), max(pace.interval, LONGEST_BACKOFF))
-        return backoff
+        return min(pace.interval << min(generation.errors, 16), max(pace.interval, LONGEST_BACKOFF))
     if generation.missing:
         return max(pace.interval, MISSING_PAUSES[min(generation.missing, len(MISSING_PAUSES)) - 1])
     if generation.hint_asks:

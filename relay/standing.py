@@ -1,18 +1,20 @@
 """How an account stands: what it may ask, how its provider is, and what its jobs have taught."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from relay.budget import AT_ONCE, Budget
 from relay.durations import Experience, Plan, Seen, log_normal
-from relay.generation import FINAL, Generation
+from relay.generation import FINAL, OPEN, Generation
 from relay.health import Health, Status
 from relay.schedule import Pace
 
 # With nothing to expect, so many ends must have been seen before anything is made of them.
 ENOUGH = 20
 _ANYTHING = (30_000, 2.0)
+# A deadline is put off for outages by no more than this.
+LONGEST_OUTAGE = 86_400_000
 # A provider's clock, and ours, may be wrong by so much.
 TOLERANCE = 5_000
 
@@ -54,6 +56,20 @@ class Standing:
         seen = how_long(generation)
         if seen is not None:
             self.experience.learn(_model(generation), seen)
+
+    def is_excused(self, now: int) -> bool:
+        """Whether deadlines of its generations wait until it can be asked again."""
+        since = self.health.failing_since
+        is_out = self.health.status is not Status.OK
+        return is_out and since is not None and now - since < LONGEST_OUTAGE
+
+    def excuse(self, generation: Generation, *, now: int) -> Generation:
+        """The generation with its deadline put off by as long as the account could not be asked."""
+        outage = min(self.health.outage(generation.created_at, now), LONGEST_OUTAGE)
+        more = outage - generation.outage
+        if more <= 0 or generation.status not in OPEN:
+            return generation
+        return replace(generation, deadline_at=generation.deadline_at + more, outage=outage)
 
     def kept(self) -> dict[str, Any]:
         """What must survive a restart; the experience is learned anew from the generations."""

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from relay import deliver, event, signature
+from relay import deliver, event, lane, signature
 from relay.app import running
 from relay.config import read_config
 from relay.delivery import Claimed, Status
@@ -357,7 +357,7 @@ async def test_of_a_long_backlog_little_is_in_memory_and_all_of_it_arrives_once(
             await s.backlog({"/a": 10_000})
             await s.sink.got(10_000, "/a", timeout=60)
             await s.settled("/a", all_are(Status.DELIVERED, 10_000))
-        assert 0 < most["lane"] <= deliver.HELD_PER_LANE
+        assert 0 < most["lane"] <= lane.HELD_PER_LANE
         assert Counter(one for one, _ in s.sink.received["/a"]).most_common(1)[0][1] == 1
         assert s.sink.count("/a") == 10_000
         assert (s.deliverer._held, s.deliverer._held_bytes) == (0, 0)

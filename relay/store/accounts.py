@@ -32,12 +32,9 @@ class Accounts:
         if not rows:
             return {}
         async with self._db.write() as tx:
-            for row in rows:
-                await tx.execute(
-                    "UPDATE accounts SET drawn = drawn - :drawn WHERE name = :name",
-                    name=row["name"],
-                    drawn=row["drawn"],
-                )
+            await tx.execute_many(
+                "UPDATE accounts SET drawn = drawn - :drawn WHERE name = :name", [dict(row) for row in rows]
+            )
         return {row["name"]: row["drawn"] for row in rows}
 
     async def draw(self, name: str, *, now: int) -> None:

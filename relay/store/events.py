@@ -126,7 +126,9 @@ class Events:
         fresh = await self._stored(tx, events)
         claimed = await fan_out(tx, fresh, handoff, now=now)
         known = {event.id for event in fresh}
-        return [event if event.id in known else await _named(tx, event) for event in events], claimed
+        named = await _named(tx, [event for event in events if event.id not in known])
+        stored = [event if event.id in known else named[event.tenant, event.source_id] for event in events]
+        return stored, claimed
 
     async def send(
         self, event: Event, endpoint: Endpoint, handoff: Handoff, *, now: int
@@ -425,13 +427,16 @@ def _values(event: Event) -> dict[str, Any]:
     }
 
 
-async def _named(tx: Transaction, event: Event) -> Event:
+async def _named(tx: Transaction, events: Sequence[Event]) -> Mapping[tuple[str, str | None], Event]:
+    """What is stored under the names of these events, by tenant and name."""
+    if not events:
+        return {}
     rows = await tx.fetch(
-        "SELECT * FROM events WHERE tenant = :tenant AND source_id = :source_id",
-        tenant=event.tenant,
-        source_id=event.source_id,
+        "SELECT * FROM events WHERE source_id IN (:names) AND tenant IN (:tenants)",
+        names=sorted({event.source_id or "" for event in events}),
+        tenants=sorted({event.tenant for event in events}),
     )
-    return _read(rows[0])
+    return {(row["tenant"], row["source_id"]): _read(row) for row in rows}
 
 
 def _read(row: Row) -> Event:
