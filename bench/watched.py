@@ -139,9 +139,7 @@ async def claims(config: dict[str, object]) -> None:
         for turn in range(30):
             now = wall_clock() + ahead + turn * 250
             at = time.perf_counter()
-            await generations.claim_overdue(
-                ["luma"], now=now, limit=100, lease="overdue", lease_until=now + 60_000
-            )
+            await generations.claim_overdue({"luma": 100}, now=now, lease="overdue", lease_until=now + 60_000)
             await generations.claim({"luma": 32}, now=now, lease=f"lease-{turn}", lease_until=now + 60_000)
             times.append((time.perf_counter() - at) * 1000)
         taken = f"{statistics.median(times):.1f} ms, at most {max(times):.1f} ms"

@@ -3,13 +3,14 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Self
 
 import httpx
 from aiohttp import ClientError, ClientSession, ClientTimeout, DummyCookieJar
 from httpx_aiohttp import AiohttpTransport
+from pydantic import TypeAdapter, ValidationError
 
 from relay import __version__
 from relay.errors import ProviderError
@@ -20,6 +21,7 @@ from relay.redact import redact
 
 TIMEOUT = 20.0
 LARGEST_ANSWER = 1024 * 1024
+_UPDATE = TypeAdapter(Update)
 _HEADERS = {
     # Some providers refuse clients that do not say who they are.
     "user-agent": f"Relay/{__version__}",
@@ -80,6 +82,12 @@ class Asker:
         except Exception as error:
             said = self._clean(repr(error), account)
             raise ProviderError("unreadable", f"{account.provider.name} failed to read it: {said}") from error
+        try:
+            # A provider file that is not ours may say anything, and what is stored must be readable again.
+            _UPDATE.validate_python(asdict(replace(update, raw=None)))
+        except ValidationError as error:
+            said = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
+            raise ProviderError("unreadable", f"{account.provider.name} gave a wrong {said}") from error
         problem = update.error
         if problem is not None:
             problem = replace(

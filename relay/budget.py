@@ -20,7 +20,7 @@ SCARCEST = 4.0
 # In the first tenth of a day nobody can tell whether its requests will last.
 EARLY = 0.1
 # A reset that is given as a time, not as a number of seconds, is a larger number than this.
-_EPOCH_SECONDS = 1_000_000_000
+_EPOCH_SECONDS, _EPOCH_MILLISECONDS = 1e9, 1e11
 
 
 @dataclass(slots=True)
@@ -109,6 +109,8 @@ class Budget:
             return
         if reset is None:
             until = float(now + MINUTE)
+        elif reset > _EPOCH_MILLISECONDS:
+            until = reset
         else:
             until = reset * 1000 if reset > _EPOCH_SECONDS else now + reset * 1000
         until = min(until, now + LONGEST_TOLD)

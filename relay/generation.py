@@ -111,6 +111,11 @@ class Update:
     remaining_ms: int | None = None
     raw: Any = None
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the provider says that there is no such job."""
+        return self.error is not None and self.error.code is Code.NOT_FOUND
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:

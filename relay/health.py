@@ -82,9 +82,14 @@ class Health:
 
     @classmethod
     def resumed(cls, kept: Mapping[str, Any]) -> Self:
+        """As it was when `kept` was written; a refused credential, which may be another one now, is tried at
+        once. A status that another release wrote is none."""
+        if kept.get("status", Status.OK) not in set(Status):
+            return cls()
         known = {one.name: kept[one.name] for one in fields(cls) if one.name in kept}
         outages = tuple((begin, end) for begin, end in kept.get("outages", ()))
-        return cls(**{**known, "status": Status(kept.get("status", Status.OK)), "outages": outages})
+        health = cls(**{**known, "status": Status(kept.get("status", Status.OK)), "outages": outages})
+        return replace(health, paused_until=0) if health.status is Status.UNAUTHORIZED else health
 
     def _recovered(self, now: int) -> Self:
         outages = self.outages

@@ -11,17 +11,19 @@ from uuid import uuid4
 from relay.asker import Asker
 from relay.budget import Budget
 from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
-from relay.generation import ENDINGS, OPEN, Code, Generation, LearnedBy, Update
+from relay.generation import ENDINGS, OPEN, Generation, LearnedBy, Update
 from relay.health import Health, Status
 from relay.hints import pause
 from relay.providers import Account
-from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask
+from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask, sightings
 from relay.standing import Standing
 from relay.store import Store
 
 log = logging.getLogger(__name__)
 LEASE = 60_000
 OVERDUE = 100
+# Without a request to spare for so long, what is overdue is over unasked.
+UNASKED_AFTER = 60_000
 # What is known of the accounts is written down so often.
 KEPT_EVERY = 1_000
 # Of an account's past so much is read at the start to learn from.
@@ -119,12 +121,12 @@ class Poller:
             raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
         budget, now = self.standings[generation.account].budget, self._now()
         _check(budget, now)
+        budget.take(now)
         claimed = await self._store.generations.claim_one(
             generation.id, lease=uuid4().hex, lease_until=now + LEASE
         )
         if claimed is None:
             return generation
-        budget.take(now)
         return await self._ask(claimed, LearnedBy.REFRESH)
 
     async def look(self, account: str, job_id: str) -> Update:
@@ -136,13 +138,17 @@ class Poller:
         if account not in self._accounts:
             raise NotFound(f"account {account!r} is not configured")
         standing, now = self.standings[account], self._now()
-        if not standing.health.may_ask(now):
-            wait = standing.health.paused_until - now
+        probes = standing.health.status is not Status.OK
+        if probes and (standing.under_way or not standing.health.may_ask(now)):
+            wait = max(0, standing.health.paused_until - now)
             raise Limited("this account is not asked for the moment", retry_after=wait)
-        budget = standing.budget
-        _check(budget, now)
-        budget.take(now)
-        return await self._look(self._accounts[account], job_id)
+        _check(standing.budget, now)
+        standing.budget.take(now)
+        standing.under_way += probes
+        try:
+            return await self._look(self._accounts[account], job_id)
+        finally:
+            standing.under_way -= probes
 
     def stop_claiming(self) -> None:
         """What is under way goes on."""
@@ -161,18 +167,15 @@ class Poller:
             log.error("poll.not_kept: %s", error)
 
     async def _claim_overdue(self, now: int) -> None:
-        judged = [name for name, one in self.standings.items() if not _is_excused(one, now)]
+        judged = {name: one for name, one in self.standings.items() if not _is_excused(one, now)}
+        rooms = {name: room for name, one in judged.items() if (room := one.room(now)) > 0}
+        unasked = [name for name, one in judged.items() if one.wait(now) > UNASKED_AFTER]
+        wanted = {**dict.fromkeys([*unasked, *self._strangers], OVERDUE), **rooms}
         overdue = await self._store.generations.claim_overdue(
-            [*judged, *self._strangers],
-            now=now,
-            limit=OVERDUE,
-            lease=uuid4().hex,
-            lease_until=now + LEASE,
+            wanted, now=now, lease=uuid4().hex, lease_until=now + LEASE
         )
         for generation in overdue:
-            # Without a request to spare it is over all the same, unasked.
-            standing = self.standings.get(generation.account)
-            self._begin(generation, now, asks=standing is not None and standing.room(now) > 0)
+            self._begin(generation, now, asks=generation.account in rooms)
 
     def _begin(self, generation: Generation, now: int, *, asks: bool) -> None:
         standing = self.standings.get(generation.account)
@@ -237,7 +240,7 @@ class Poller:
             except ProviderError as problem:
                 error = problem
         if update is not None:
-            missing = generation.missing + 1 if _says_missing(update) else 0
+            missing = sightings(generation, now=self._now()) if update.is_missing else 0
             if 0 < missing <= len(MISSING_PAUSES):
                 update = None
         if generation.job_id is None and job_id is not None and asks:
@@ -257,7 +260,7 @@ class Poller:
         """A job id that only a callback claimed is believed once the provider knows such a job of ours."""
         if update is not None and not missing:
             try:
-                await self._store.generations.name_job(generation, job_id, due_at=None)
+                await self._store.generations.name_job(generation, job_id, ask=None)
                 return replace(generation, job_id=job_id, claimed_job_id=None), update
             except Conflict:
                 log.warning("poll.claim_refused", extra={"generation": generation.id, "job": job_id})
@@ -383,7 +386,3 @@ def _is_excused(standing: Standing, now: int) -> bool:
 
 def _spread() -> float:
     return random.random()  # noqa: S311 # jitter, not a secret
-
-
-def _says_missing(update: Update) -> bool:
-    return update.error is not None and update.error.code is Code.NOT_FOUND

@@ -28,6 +28,8 @@ LONGEST_RETRY_AFTER = 3_600_000
 MISSING_PAUSES = (5_000, 15_000, 45_000)
 # How likely a job has ended whose provider has called back, as a cumulative hazard.
 CALLED = 7.0
+# Jobs that are begun together do not stay together: a pause is up to a twentieth shorter or longer.
+SPREAD = 0.05
 # While nobody knows how long such jobs take, the news is at most this share of their age late.
 UNKNOWN_SHARE = 0.1
 # What a provider says of the progress may make a pause so many times longer or shorter.
@@ -103,11 +105,13 @@ def first_ask(
     pace: Pace, plan: Plan | None, *, now: int, deadline_at: int, job_known: bool, awaits_callback: bool
 ) -> Ask:
     """When a generation that is now being watched is asked about first."""
+    pause: float
     if not job_known:
-        return Ask(deadline_at)
-    if awaits_callback:
-        return Ask(min(now + max(pace.backstop, pace.interval), deadline_at))
-    pause = max(pace.interval, plan.next_look(0, _price(plan, 1.0)) if plan is not None else 0)
+        pause = deadline_at - now
+    elif awaits_callback:
+        pause = max(pace.backstop, pace.interval)
+    else:
+        pause = max(pace.interval, plan.next_look(0, _price(plan, 1.0)) if plan is not None else 0)
     return _likely(plan, min(now + round(pause), deadline_at), 0, pause)
 
 
@@ -146,7 +150,7 @@ def next_ask(
         age = heard.elapsed_ms
     pause = _pause(generation, pace, plan, age=age, scarcity=scarcity, heard=heard, error=error)
     shortest = called_interval(pace.interval) if generation.hint_asks else pace.interval
-    pause = max(shortest, _told_to_wait(error), pause * (0.95 + 0.1 * spread))
+    pause = max(shortest, _told_to_wait(error), pause * (1 - SPREAD + 2 * SPREAD * spread))
     due_at = min(now + round(pause), max(now, generation.deadline_at))
     likely = _likely(plan, due_at, age, pause)
     return replace(likely, chance=CALLED) if generation.hint_asks else likely
@@ -155,6 +159,17 @@ def next_ask(
 def called_interval(interval: int) -> int:
     """The shortest pause between two asks about a job whose provider has called back."""
     return min(interval, LONGEST_INTERVAL)
+
+
+def sightings(generation: Generation, *, now: int) -> int:
+    """How many times in a row "no such job" has been said, with this time. One that comes before its pause is
+    over, because a user or a callback made Relay ask, is none more: it says nothing new."""
+    seen = generation.missing
+    if seen and generation.asked_at is not None:
+        pause = MISSING_PAUSES[min(seen, len(MISSING_PAUSES)) - 1] * (1 - SPREAD)
+        if now < generation.asked_at + int(pause):
+            return seen
+    return seen + 1
 
 
 def _told_to_wait(error: ProviderError | None) -> int:

@@ -38,6 +38,11 @@ class Standing:
         most = AT_ONCE if self.health.status is Status.OK else 1
         return max(0, min(most - self.under_way, self.budget.available(now)))
 
+    def wait(self, now: int) -> int:
+        """Milliseconds until a request may be made."""
+        paused = 0 if self.health.may_ask(now) else self.health.paused_until - now
+        return max(self.budget.wait(now), paused)
+
     def plan(self, generation: Generation | None = None) -> Plan | None:
         """What is known of how long a job takes; None when that is nothing."""
         if self.pace.typical is None and self.experience.count < ENOUGH:
@@ -62,7 +67,7 @@ class Standing:
 def how_long(generation: Generation) -> Seen | None:
     """How long an ended job took: as its provider says, where that can be, else between two asks."""
     update, known_at, start = generation.update, generation.known_at, generation.started_at
-    if generation.status not in FINAL or update is None or known_at is None:
+    if generation.status not in FINAL or update is None or known_at is None or update.is_missing:
         return None
     low = max(0, generation.open_at - start) if generation.open_at is not None else 0
     high = known_at - start

@@ -2,6 +2,7 @@
 
 import ipaddress
 import time
+from dataclasses import replace
 
 import pytest
 from starlette.applications import Starlette
@@ -54,3 +55,16 @@ async def test_a_mistake_in_a_provider_file_is_an_unreadable_answer_without_the_
         await ask(Broken())
     assert raised.value.code == "unreadable"
     assert KEY not in str(raised.value)
+
+
+class Careless(Vivix):
+    """Says what an update cannot hold."""
+
+    def read(self, answer, *, now):
+        return replace(super().read(answer, now=now), progress="half", credits="many")
+
+
+async def test_a_provider_file_that_says_what_cannot_be_stored_is_an_unreadable_answer_that_names_it():
+    with pytest.raises(ProviderError, match="progress, credits") as raised:
+        await ask(Careless())
+    assert raised.value.code == "unreadable"

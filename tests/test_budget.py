@@ -284,6 +284,7 @@ def test_a_refusal_that_was_in_flight_when_the_limit_was_reached_changes_nothing
     [
         ("0", "30", 30 * SECOND),
         ("0", f"{NOW // 1000 + 45}", 45 * SECOND),
+        ("0", f"{NOW + 45_000}", 45 * SECOND),
         ("0", f"{NOW // 1000 - 45}", 0),
         ("0", "86400", HOUR),
         ("0", f"{NOW // 1000 + 86400}", HOUR),

@@ -1,6 +1,7 @@
 """How an account is, for every course that its answers may take."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -103,6 +104,13 @@ def test_a_provider_that_throttles_is_there_but_has_not_taken_the_credential():
     refused = after(after(Health(), REFUSED), LIMITED, now=NOW + SECOND)
     assert (refused.status, refused.failing_since) == (Status.UNAUTHORIZED, NOW)
     assert not refused.may_ask(NOW + MINUTE)
+
+
+def test_what_is_wrong_with_one_job_only_is_no_failure_and_shows_that_the_provider_answers():
+    refused = ProviderError("refused", "luma answered 400: no such kind of id")
+    assert after(Health(), *[refused] * 100).status is Status.OK
+    down = after(Health(), *[DOWN] * 5)
+    assert after(down, refused, now=NOW + MINUTE).status is Status.OK
 
 
 def test_the_last_error_is_kept_with_its_time_through_a_recovery():
@@ -253,7 +261,10 @@ def test_of_many_outages_the_last_fifty_are_remembered():
 @given(COURSES)
 def test_health_survives_a_restart(course):
     for _, _, health in follow(course):
-        assert Health.resumed(json.loads(json.dumps(health.kept()))) == health
+        again = Health.resumed(json.loads(json.dumps(health.kept())))
+        if health.status is Status.UNAUTHORIZED:
+            again = replace(again, paused_until=health.paused_until)
+        assert again == health
 
 
 def test_nothing_that_was_kept_is_a_fresh_start():
@@ -264,3 +275,14 @@ def test_what_another_version_kept_is_no_error():
     kept = {**after(Health(), REFUSED).kept(), "of_another_version": 1}
     del kept["trips"]
     assert Health.resumed(kept).status is Status.UNAUTHORIZED
+
+
+def test_a_restart_tries_a_refused_credential_at_once_for_it_may_be_another_one():
+    refused = after(Health(), REFUSED)
+    again = Health.resumed(refused.kept())
+    assert (again.status, again.failing_since) == (refused.status, refused.failing_since)
+    assert again.may_ask(NOW)
+
+
+def test_a_status_of_another_release_is_none():
+    assert Health.resumed({**after(Health(), REFUSED).kept(), "status": "drowsy"}) == Health()

@@ -19,19 +19,23 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from relay.app import running
 from relay.budget import Budget
-from relay.errors import ProviderError
+from relay.config import read_config
+from relay.errors import Limited, ProviderError
 from relay.generation import Generation, Status, Update
 from relay.health import Health
 from relay.providers import load
 from relay.schedule import Pace
 from relay.standing import Standing
+from relay.store.generations import Watch
+from relay.store.tenants import DEFAULT
 from relay.times import parse_rfc3339
 from tests.conftest import RunningRelay, World
 from tests.serving import serving
 
 PROVIDERS = ["pixellabs", "vivix", "pictory", "luma"]
-MINUTE = 60_000
+MINUTE, HOUR = 60_000, 3_600_000
 
 
 async def until(condition: Callable[[], bool], *, timeout: float = 15) -> None:
@@ -373,6 +377,21 @@ async def test_an_answer_at_the_deadline_is_the_end_and_not_a_timeout(world: Wor
     assert (event["type"], event["data"]["late"]) == ("generation.completed", False)
 
 
+async def test_what_ended_while_no_relay_ran_is_asked_about_before_it_is_said_to_have_timed_out(
+    world: World,
+):
+    async with world.running() as relay:
+        await world.endpoint(relay)
+        for _ in range(80):
+            await world.watch(relay, "vivix", duration=300)
+    world.clock.forward(seconds=2 * 3600)
+    await world.relay()
+    received = await world.subscriber.got(80)
+    events = [json.loads(one.body) for one in received]
+    assert Counter(event["type"] for event in events) == {"generation.completed": 80}
+    assert not any(event["data"]["late"] for event in events)
+
+
 async def test_a_provider_that_is_down_at_the_deadline_leaves_a_generation_that_may_still_finish(
     world: World,
 ):
@@ -457,6 +476,47 @@ async def test_refresh_asks_now(world: World):
     assert refreshed.json()["status"] == "completed"
     assert refreshed.json()["learned_by"] == "refresh"
     assert asks(world, generation["job_id"]) == [200]
+
+
+async def test_refreshes_that_come_together_share_the_budget(world: World):
+    accounts = only("luma", world, poll_interval="1h", requests_per_minute=10)
+    async with running(read_config(world.document(accounts=accounts), {}), now=world.clock) as relay:
+        jobs = [world.simulator.submit("luma", duration=1e6) for _ in range(5)]
+        now = world.clock()
+        waiting = [
+            Generation(
+                id=f"gen_{job}", tenant=DEFAULT, account="luma", provider="luma", job_id=job,
+                status=Status.QUEUED, created_at=now, deadline_at=now + HOUR, due_at=now + HOUR,
+            )
+            for job in jobs
+        ]  # fmt: skip
+        await relay.store.generations.create([Watch(one) for one in waiting])
+        refreshed = await asyncio.gather(
+            *(relay.poller.refresh(one) for one in waiting), return_exceptions=True
+        )
+    assert sum(isinstance(one, Generation) for one in refreshed) == len(world.simulator.requests) == 1
+    assert sum(isinstance(one, Limited) for one in refreshed) == 4
+
+
+async def test_looks_that_come_together_while_a_provider_is_probed_are_one_probe(world: World):
+    world.simulator.trouble("luma", "server_error", count=1_000_000)
+    async with running(read_config(world.document(), {}), now=world.clock) as relay:
+        job = world.simulator.submit("luma", duration=0)
+
+        async def look(times: int) -> list[object]:
+            looks = (relay.poller.look("luma", job) for _ in range(times))
+            return list(await asyncio.gather(*looks, return_exceptions=True))
+
+        await look(5)
+        before = len(asks(world, job))
+        world.clock.forward(seconds=20)
+        looked = await look(5)
+        assert len(asks(world, job)) == before + 1
+        assert Counter(type(one) for one in looked) == {ProviderError: 1, Limited: 4}
+        await no_more_troubles(world)
+        world.clock.forward(seconds=40)
+        await look(1)
+        assert not any(isinstance(one, Exception) for one in await look(5))
 
 
 async def test_a_redirect_is_not_followed_and_the_key_goes_nowhere_else(world: World):

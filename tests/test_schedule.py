@@ -221,6 +221,15 @@ def test_the_first_ask_waits_for_the_job_or_for_the_callback(job_known, awaits_c
     assert asked.due_at == START + after
 
 
+@pytest.mark.parametrize(("job_known", "age"), [(True, PACE.backstop), (False, HOUR)])
+def test_who_awaits_a_callback_is_as_likely_to_have_ended_as_others_of_that_age(job_known, age):
+    plan = Plan(log_normal(45 * SECOND, 1.0))
+    asked = first_ask(
+        PACE, plan, now=START, deadline_at=START + HOUR, job_known=job_known, awaits_callback=True
+    )
+    assert asked.chance == pytest.approx(-math.log(1 - plan.ended_since(0, age)))
+
+
 @given(PACES, PLANS, st.integers(0, HOUR), st.booleans(), st.booleans())
 def test_the_first_ask_is_never_later_than_the_deadline(pace, plan, timeout, job_known, awaits_callback):
     deadline_at = START + timeout

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from relay.budget import AT_ONCE, Budget
 from relay.durations import Seen
 from relay.errors import ProviderError
-from relay.generation import FINAL, Generation, Status, Update
+from relay.generation import FINAL, Code, Generation, Problem, Status, Update
 from relay.schedule import Pace
 from relay.standing import ENOUGH, TOLERANCE, Standing, how_long
 
@@ -195,7 +195,7 @@ def test_jobs_are_known_by_their_model_or_else_by_their_kind(by):
 
 
 @given(
-    st.lists(st.none() | st.sampled_from([DOWN, REFUSED]), max_size=10),
+    st.lists(st.none() | st.just(DOWN), max_size=10),
     st.integers(0, 40),
     st.sampled_from([200, 429]),
     st.sampled_from([{}, {"retry-after": "90"}]),
@@ -225,3 +225,8 @@ def test_requests_under_way_end_with_the_process():
     one.under_way = 5
     again.resume(one.kept())
     assert again.under_way == 0
+
+
+def test_a_job_that_never_was_teaches_nothing():
+    never_was = Update(Status.FAILED, error=Problem(Code.NOT_FOUND, "no such job"))
+    assert how_long(replace(ended(status=Status.FAILED), update=never_was)) is None

@@ -24,7 +24,7 @@ from relay.generation import Status as Is
 from relay.hints import Turns, pause
 from relay.ids import new_id
 from relay.prune import prune
-from relay.schedule import CALLED, LEAST_RATE, Asked
+from relay.schedule import CALLED, LEAST_RATE, Ask, Asked
 from relay.store import Store, open_database, store_on
 from relay.store.events import Change, Handoff, Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
@@ -731,7 +731,7 @@ async def test_what_is_overdue_is_claimed_the_latest_first(store: Store):
 
     async def claim(lease: str, limit: int) -> Sequence[Generation]:
         return await store.generations.claim_overdue(
-            ["luma"], now=NOW + 3, limit=limit, lease=lease, lease_until=NOW + DAY
+            {"luma": limit}, now=NOW + 3, lease=lease, lease_until=NOW + DAY
         )
 
     first, second = await claim("1", 2), await claim("2", 9)
@@ -750,10 +750,11 @@ async def test_what_is_overdue_is_claimed_up_to_the_limit_of_each_account_that_i
     ]
     assert sorted(await store.generations.watching_accounts()) == list(names)
     claim, until = store.generations.claim_overdue, NOW + DAY
-    taken = await claim(["vivix", "luma", "nobody's"], now=NOW + 1, limit=1, lease="1", lease_until=until)
-    assert {one.id for one in taken} == {made[0].id, made[4].id}
+    wanted = {"vivix": 2, "luma": 1, "nobody's": 1}
+    taken = await claim(wanted, now=NOW + 1, lease="1", lease_until=until)
+    assert {one.id for one in taken} == {made[0].id, made[4].id, made[5].id}
     assert await the(store, made[2]) == made[2]
-    assert await claim([], now=NOW + 1, limit=9, lease="2", lease_until=until) == []
+    assert await claim({}, now=NOW + 1, lease="2", lease_until=until) == []
 
 
 async def test_the_last_that_ended_at_an_account_are_read_in_the_order_of_their_ends(store: Store):
@@ -964,14 +965,16 @@ async def test_a_hint_about_what_has_ended_or_names_no_job_changes_nothing(store
 
 async def test_naming_a_job(store: Store):
     made, other = await watched(store, None), await watched(store, "taken")
-    await store.generations.name_job(made, "job-1", due_at=NOW + 3)
+    await store.generations.name_job(made, "job-1", ask=Ask(NOW + 3, chance=0.7, rate=0.01))
+    now = await the(store, made)
+    assert (now.due_at, now.chance, now.rate) == (NOW + 3, 0.7, 0.01)
     named = await store.generations.get(TENANT, made.id)
     assert named is not None
     assert (named.job_id, named.due_at) == ("job-1", NOW + 3)
-    await store.generations.name_job(made, "job-1", due_at=None)
+    await store.generations.name_job(made, "job-1", ask=None)
     for generation, job_id in ((made, "job-2"), (made, "taken"), (other, "job-1")):
         with pytest.raises(Conflict):
-            await store.generations.name_job(generation, job_id, due_at=None)
+            await store.generations.name_job(generation, job_id, ask=None)
 
 
 async def test_describing_replaces_the_metadata_of_its_own_tenant_only(store: Store):
@@ -1749,7 +1752,7 @@ QUERIES: dict[str, tuple[Callable[[Store], Awaitable[object]], set[str]]] = {
         {"SEARCH generations (account=? AND due_at<?)", "SEARCH generations (account=? AND due_at=?)"},
     ),
     "claim what is overdue": (
-        lambda store: store.generations.claim_overdue(["b", "c"], limit=9, **CLAIM),
+        lambda store: store.generations.claim_overdue({"b": 9, "c": 9}, **CLAIM),
         {"SEARCH generations (account=? AND deadline_at<?)", "SEARCH generations (account=? AND due_at=?)"},
     ),
     "what ended at an account": (

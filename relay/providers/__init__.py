@@ -27,6 +27,7 @@ PROVIDERS = {
     "pixellabs": "relay.providers.pixellabs:PixelLabs",
     "vivix": "relay.providers.vivix:Vivix",
 }
+# What a status says of a request; any other says that the provider is out of order.
 # Only what Python itself knows: the tables of machines differ.
 _TYPES = mimetypes.MimeTypes(filenames=())
 KINDS = frozenset({"image", "video", "audio", "3d", "text"})

@@ -279,7 +279,7 @@ _SIZES = """
 """
 _RELEASE = """
     UPDATE deliveries
-    SET due_at = CASE WHEN status = 'sending' THEN :now ELSE NULL END,
+    SET due_at = CASE WHEN status = 'sending' THEN CAST(:now AS BIGINT) END,
         status = CASE WHEN status = 'sending' THEN 'pending' ELSE status END, lease = NULL
     WHERE id = :id AND lease = :lease
 """
@@ -314,7 +314,7 @@ _LOG = """
 """
 _SETTLE = """
     UPDATE deliveries
-    SET due_at = CASE WHEN status = 'sending' THEN :due_at ELSE NULL END,
+    SET due_at = CASE WHEN status = 'sending' THEN CAST(:due_at AS BIGINT) END,
         status = CASE WHEN status = 'sending' THEN :status ELSE status END,
         attempts = :number, run_attempts = run_attempts + 1, next_trigger = 'scheduled', lease = NULL,
         updated_at = :now

@@ -285,8 +285,8 @@ _ASKED = """
     SET due_at = CASE
             WHEN due_at IS NULL THEN NULL
             -- a callback came meanwhile
-            WHEN hints > :hints AND (:due_at IS NULL OR :due_at > :hinted_at) THEN :hinted_at
-            ELSE :due_at
+            WHEN hints > :hints AND (CAST(:due_at AS BIGINT) > :hinted_at) IS NOT FALSE THEN :hinted_at
+            ELSE CAST(:due_at AS BIGINT)
         END,
         hint_asks = CASE WHEN hints > :hints THEN COALESCE(:hint_asks, hint_asks) ELSE :hint_asks END,
         missing = CASE WHEN hints > :hints THEN 0 ELSE :missing END,

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from relay.errors import Conflict, Invalid
 from relay.generation import FINAL, Generation, LearnedBy, Status, Update
 from relay.hints import Turns, ask_at, hint_asks
-from relay.schedule import CALLED
+from relay.schedule import CALLED, Ask
 from relay.store.database import Database, Row, Transaction
 from relay.store.filters import where
 from relay.store.idempotency import Idempotency, created_before, remember
@@ -125,7 +125,7 @@ class Generations:
             )
         return [_read(row) for row in reversed(rows)]
 
-    async def name_job(self, generation: Generation, job_id: str, *, due_at: int | None) -> None:
+    async def name_job(self, generation: Generation, job_id: str, *, ask: Ask | None) -> None:
         """Ties a generation to the job it watches, and says when to ask about it.
 
         Raises Conflict when it has another job already, or another generation has this one.
@@ -135,6 +135,7 @@ class Generations:
                 f"""
                 UPDATE generations
                 SET job_id = :job_id, claimed_job_id = NULL,
+                    chance = COALESCE(:chance, chance), rate = COALESCE(:rate, rate),
                     due_at = CASE WHEN status IN ({_FINAL}) THEN NULL ELSE COALESCE(:due_at, due_at) END
                 WHERE id = :id AND (job_id IS NULL OR job_id = :job_id) AND NOT EXISTS (
                     SELECT 1 FROM generations AS other
@@ -146,7 +147,9 @@ class Generations:
                 tenant=generation.tenant,
                 account=generation.account,
                 job_id=job_id,
-                due_at=due_at,
+                due_at=ask.due_at if ask is not None else None,
+                chance=ask.chance if ask is not None else None,
+                rate=ask.rate if ask is not None else None,
             )
         if not named:
             raise Conflict("this generation has another job, or another generation watches this job")
@@ -247,12 +250,12 @@ class Generations:
         return [row["account"] for row in rows]
 
     async def claim_overdue(
-        self, accounts: Sequence[str], *, now: int, limit: int, lease: str, lease_until: int
+        self, wanted: Mapping[str, int], *, now: int, lease: str, lease_until: int
     ) -> Sequence[Generation]:
-        """Takes the open generations whose deadline has passed, up to `limit` of each account."""
+        """Takes open generations whose deadline has passed, up to so many of each account."""
         rows = [
             {"account": account, "limit": limit, "now": now, "lease": lease, "lease_until": lease_until}
-            for account in accounts
+            for account, limit in wanted.items()
         ]
         if not rows:
             return []
@@ -269,7 +272,7 @@ class Generations:
                 """,
                 rows,
             )
-            return await _claimed(tx, accounts, lease=lease, lease_until=lease_until)
+            return await _claimed(tx, list(wanted), lease=lease, lease_until=lease_until)
 
     async def recover(self, *, now: int) -> int:
         """Makes what a stopped relay was asking about due now; only for a database no other relay uses."""
@@ -324,7 +327,7 @@ _HINT = f"""
         END,
         missing = CASE WHEN job_id IS NULL THEN 0 ELSE missing END,
         claimed_job_id = CASE WHEN job_id IS NULL THEN :job_id ELSE NULL END
-    WHERE id = :id AND status NOT IN ({_FINAL}) AND (job_id IS NOT NULL OR :job_id IS NOT NULL)
+    WHERE id = :id AND status NOT IN ({_FINAL}) AND COALESCE(job_id, :job_id) IS NOT NULL
 """
 
 
@@ -402,7 +405,7 @@ async def _claimed(
         SELECT * FROM generations
         WHERE account IN (:accounts) AND due_at = :lease_until AND lease = :lease
         """,
-        accounts=list(accounts),
+        accounts=accounts,
         lease=lease,
         lease_until=lease_until,
     )

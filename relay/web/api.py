@@ -194,15 +194,15 @@ async def get_generation(call: Call[Any, None]) -> Result:
 async def change_generation(call: Call[r.GenerationChange, None]) -> Result:
     relay, generation = call.relay, await _get_generation(call)
     if call.body.job_id is not None and call.body.job_id != generation.job_id:
-        account, due_at = relay.accounts.get(generation.account), None
+        account, ask = relay.accounts.get(generation.account), None
         if account is not None and not generation.ended:
-            due_at = relay.poller.first_ask(
+            ask = relay.poller.first_ask(
                 account,
                 deadline_at=generation.deadline_at,
                 job_known=True,
                 awaits_callback=generation.awaits_callback,
-            ).due_at
-        await relay.store.generations.name_job(generation, call.body.job_id, due_at=due_at)
+            )
+        await relay.store.generations.name_job(generation, call.body.job_id, ask=ask)
     if call.body.metadata is not None:
         await relay.store.generations.describe(call.tenant, generation.id, call.body.metadata)
     return await get_generation(call)
@@ -394,7 +394,7 @@ def _delivery_fields(one: Delivery) -> dict[str, Any]:
 def _account(relay: Relay, name: str) -> r.AccountResource:
     account, standing, now = relay.accounts[name], relay.poller.standings[name], relay.now()
     health, budget = standing.health, standing.budget
-    wait = max(budget.wait(now), 0 if health.may_ask(now) else health.paused_until - now)
+    wait = standing.wait(now)
     return r.AccountResource(
         name=name,
         provider=account.provider.name,
