@@ -41,6 +41,12 @@ async def open_database(url: str, *, alone: bool = True) -> Database:
     """
     if url.startswith("sqlite:///"):
         return await SQLite.open(Path(url.removeprefix("sqlite:///")), alone=alone)
+    if url.startswith(("postgresql://", "postgres://")):
+        try:
+            from relay.store.postgres import PostgreSQL  # noqa: PLC0415 # an extra: only who uses it needs it
+        except ImportError as error:
+            raise ConfigError("database: PostgreSQL needs the extra: pip install 'relay[postgres]'") from error
+        return await PostgreSQL.open(url)
     raise ConfigError("database: write sqlite:///relay.db, or sqlite:////absolute/path/relay.db")
 
 

@@ -24,6 +24,7 @@ class Database(Protocol):
     """One open database. Driver errors come out as StoreError."""
 
     skip_locked: str  # what a claim's SELECT ends with where rows can be locked
+    alone: bool  # whether no other relay can be using it
 
     def write(self) -> AbstractAsyncContextManager[Transaction]:
         """A transaction that may write; writers come one after another."""
@@ -33,6 +34,9 @@ class Database(Protocol):
 
         `browse`: one that may take long, and must not make the others wait.
         """
+
+    def migrating(self) -> AbstractAsyncContextManager[None]:
+        """While it is held, no other relay migrates."""
 
     async def probe(self) -> None:
         """Raises StoreError when it would not take a write now."""

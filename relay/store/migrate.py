@@ -19,17 +19,18 @@ async def migrate(database: Database, *, now: int) -> list[str]:
     Raises ConfigError when the database is newer than this program.
     """
     applied = []
-    for version, (name, text) in await _missing(database):
-        async with database.write() as tx:
-            for statement in _statements(text):
-                await tx.execute(statement)
-            await tx.execute(
-                "INSERT INTO migrations (version, name, applied_at) VALUES (:version, :name, :now)",
-                version=version,
-                name=name,
-                now=now,
-            )
-        applied.append(name)
+    async with database.migrating():
+        for version, (name, text) in await _missing(database):
+            async with database.write() as tx:
+                for statement in _statements(text):
+                    await tx.execute(statement)
+                await tx.execute(
+                    "INSERT INTO migrations (version, name, applied_at) VALUES (:version, :name, :now)",
+                    version=version,
+                    name=name,
+                    now=now,
+                )
+            applied.append(name)
     return applied
 
 

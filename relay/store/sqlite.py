@@ -27,6 +27,7 @@ class SQLite:
     """An open database file, locked against a second relay."""
 
     skip_locked = ""  # there is only ever one writer
+    alone = True
 
     def __init__(self, connections: Sequence[aiosqlite.Connection], lock: IO[str] | None) -> None:
         self._writer, self._reader, self._browser = connections
@@ -59,6 +60,10 @@ class SQLite:
             await connection.close()
         if self._lock is not None:
             self._lock.close()
+
+    @asynccontextmanager
+    async def migrating(self) -> AsyncIterator[None]:
+        yield  # the lock on the file is enough
 
     async def probe(self) -> None:
         async with self.write() as tx:
