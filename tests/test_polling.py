@@ -434,10 +434,11 @@ async def test_a_job_that_is_not_visible_at_first_is_waited_for(world: World, tr
     if trouble:
         world.simulator.trouble("pictory", trouble, count=2)
         world.simulator.submit("pictory", job_id="fresh", duration=0)
-    await relay.api.post("/v1/generations", json={"account": "pictory", "job_id": "fresh"})
-    await until(lambda: len(asks(world, "fresh")) == 1)
+    answer = await relay.api.post("/v1/generations", json={"account": "pictory", "job_id": "fresh"})
+    path = f"/v1/generations/{answer.json()['id']}"
+    await relay.eventually(path, lambda found: found["polls"] == 1)
     world.clock.forward(seconds=5.25)
-    await until(lambda: len(asks(world, "fresh")) == 2)
+    await relay.eventually(path, lambda found: found["polls"] == 2)
     assert world.subscriber.received == []
     if not trouble:
         world.simulator.submit("pictory", job_id="fresh", duration=0)
