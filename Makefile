@@ -35,9 +35,9 @@ bench-polling: .venv/.installed-dev  ## Measure: how soon an end is known, for h
 	$(BIN)/python -m bench.watched
 
 lock: .venv/.installed-dev  ## Write the lock files anew, with the newest versions
-	$(BIN)/uv pip compile -q --upgrade pyproject.toml --group build --group dev --universal \
+	$(BIN)/uv pip compile -q --upgrade pyproject.toml --all-extras --group build --group dev --universal \
 	  --python-version 3.11 --generate-hashes --no-header -o requirements-dev.lock
-	$(BIN)/uv pip compile -q --upgrade pyproject.toml --group build --universal --python-version 3.11 \
+	$(BIN)/uv pip compile -q --upgrade pyproject.toml --all-extras --group build --universal --python-version 3.11 \
 	  --generate-hashes --no-header -c requirements-dev.lock -o requirements.lock
 
 image:  ## Build the container image

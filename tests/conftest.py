@@ -1,8 +1,9 @@
 """Fixtures: a relay, the provider simulator and a subscriber, each on a socket of its own."""
 
 import asyncio
+import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from relay.app import build
 from relay.config import Settings, read_config
 from relay.simulator import Simulator
+from tests.postgres import WHY_MISSING, Cluster, binaries, running_cluster
 from tests.serving import Subscriber, listener, origin_of, serving
 
 hypothesis_settings.register_profile("thorough", max_examples=3000, deadline=None)
@@ -115,6 +117,30 @@ class World:
         answer = await relay.api.post("/v1/generations", json={"account": provider, "job_id": job_id})
         assert answer.status_code == 201, answer.text
         return dict(answer.json())
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A PostgreSQL server for all tests of one process, each with databases of its own."""
+    if binaries() is None:
+        if os.environ.get("RELAY_REQUIRE_ALL_TESTS"):
+            pytest.fail(WHY_MISSING)
+        pytest.skip(WHY_MISSING)
+    with running_cluster() as cluster:
+        cluster.make_template()
+        yield cluster
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of each kind; PostgreSQL's is migrated already, at time 0."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/relay.db"
+        return
+    cluster: Cluster = request.getfixturevalue("cluster")
+    url = cluster.database()
+    yield url
+    cluster.drop(url)
 
 
 @pytest.fixture

@@ -49,32 +49,16 @@ async def opened(path: Path) -> AsyncIterator[Store]:
         await database.close()
 
 
-@asynccontextmanager
-async def _store_on(kind: str, directory: Path) -> AsyncIterator[Store]:
-    if kind == "sqlite":
-        async with opened(directory / "relay.db") as store:
-            yield store
-        return
-    import asyncpg
-
-    name = new_id("t", NOW).lower()
-    admin = await asyncpg.connect("postgresql://relay@127.0.0.1:55432/postgres")
-    await admin.execute(f"CREATE DATABASE {name}")
-    database = await open_database(f"postgresql://relay@127.0.0.1:55432/{name}")
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[Store]:
+    database = await open_database(database_url)
     try:
-        yield store_on(database)
-    finally:
-        await database.close()
-        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-        await admin.close()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    async with _store_on(request.param, tmp_path) as store:
+        store = store_on(database)
         await migrate(store.database, now=NOW)
         await store.tenants.found(TENANT, "whsec_of_the_tenant", now=NOW)
         yield store
+    finally:
+        await database.close()
 
 
 def a_generation(job_id: str | None = "job-1", *, at: int = NOW, **changes: Any) -> Generation:

@@ -45,7 +45,9 @@ async def open_database(url: str, *, alone: bool = True) -> Database:
         try:
             from relay.store.postgres import PostgreSQL  # noqa: PLC0415 # an extra: only who uses it needs it
         except ImportError as error:
-            raise ConfigError("database: PostgreSQL needs the extra: pip install 'relay[postgres]'") from error
+            raise ConfigError(
+                "database: PostgreSQL needs the extra: pip install 'relay[postgres]'"
+            ) from error
         return await PostgreSQL.open(url)
     raise ConfigError("database: write sqlite:///relay.db, or sqlite:////absolute/path/relay.db")
 

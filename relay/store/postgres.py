@@ -101,7 +101,8 @@ class _Transaction:
     async def fetch(self, sql: str, **values: Any) -> list[Row]:
         sql, values = expand(sql, values)
         text, names = _numbered(sql, _types([values]))
-        return list(await self._connection.fetch(text, *(values[name] for name in names)))
+        found: Sequence[Row] = await self._connection.fetch(text, *(values[name] for name in names))
+        return list(found)
 
 
 def _types(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str | None], ...]:
