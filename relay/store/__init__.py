@@ -43,7 +43,7 @@ async def open_database(url: str, *, alone: bool = True) -> Database:
         return await SQLite.open(Path(url.removeprefix("sqlite:///")), alone=alone)
     if url.startswith(("postgresql://", "postgres://")):
         try:
-            from relay.store.postgres import PostgreSQL  # noqa: PLC0415 # an extra: only who uses it needs it
+            from relay.store.postgres import PostgreSQL  # an extra: only who uses it needs it
         except ImportError as error:
             raise ConfigError(
                 "database: PostgreSQL needs the extra: pip install 'relay[postgres]'"

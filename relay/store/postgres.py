@@ -101,7 +101,8 @@ class _Transaction:
     async def fetch(self, sql: str, **values: Any) -> list[Row]:
         sql, values = expand(sql, values)
         text, names = _numbered(sql, _types([values]))
-        found: Sequence[Row] = await self._connection.fetch(text, *(values[name] for name in names))
+        # Its stubs do not say so, but a record is a mapping.
+        found: Sequence[Any] = await self._connection.fetch(text, *(values[name] for name in names))
         return list(found)
 
 
