@@ -1,4 +1,4 @@
-"""A PostgreSQL of the tests' own: a temporary cluster, started from the server's binaries if they are there."""
+"""A PostgreSQL of the tests' own: a temporary cluster, if the server's programs are there."""
 
 import asyncio
 import os
