@@ -1,9 +1,10 @@
 """Builds everything, starts it and stops it; the only place that constructs anything."""
 
+import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -12,12 +13,14 @@ from starlette.applications import Starlette
 from relay import signature
 from relay.asker import Asker
 from relay.batch import Batch
+from relay.bell import Bell
 from relay.callback import Callbacks
 from relay.config import Settings, accounts
 from relay.deliver import Deliverer
 from relay.generation import Update
 from relay.guard import Guard
 from relay.hints import Turns
+from relay.hold import SPARE, Holder
 from relay.ids import new_id
 from relay.ingest import Ingest
 from relay.poll import Poller
@@ -25,6 +28,7 @@ from relay.prune import prune
 from relay.renew import Renewer
 from relay.sender import Sender
 from relay.server import Server, bind, origin
+from relay.shard import Held
 from relay.store import Store, open_database, store_on
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
@@ -38,6 +42,7 @@ from relay.web.problem import HANDLERS
 log = logging.getLogger(__name__)
 POLL_TICK = 0.25
 RETRY_TICK = 0.25
+BEAT = 2
 PRUNE_TICK = 3600
 # Thousands of deliveries are in hand at once and hardly any leaves a cycle behind: looking for cycles after
 # every 700 new objects, as Python does, would take a quarter of the delivery path.
@@ -120,6 +125,10 @@ async def running(
         stack.push_async_callback(sender.close)
         relay = _assemble(settings, store, asker, sender, now=now)
         await relay.poller.resume()
+        await stack.enter_async_context(database.listening(_listener(relay)))
+        await relay.holder.start()
+        stack.push_async_callback(relay.bell.flush)
+        stack.push_async_callback(relay.holder.stop)
         # In the order of their ends: polls first, then what they recorded, then what is being delivered.
         stack.push_async_callback(relay.deliverer.stop)
         stack.push_async_callback(relay.ingest.flush)
@@ -139,16 +148,18 @@ async def _prepare(
         await store.tenants.add_key(new_id("key", now()), DEFAULT, "admin", hash_key(key), now=now())
         if show_key is not None:
             show_key(key)
-    # Only one relay uses this file: what the last one left in flight is due at once.
-    left = await store.deliveries.recover(now=now()) + await store.generations.recover(now=now())
-    if left:
-        log.info("relay.recovered", extra={"rows": left})
+    # What the last relay left in flight is due at once, unless it may be another's.
+    if store.database.alone:
+        left = await store.deliveries.recover(now=now()) + await store.generations.recover(now=now())
+        if left:
+            log.info("relay.recovered", extra={"rows": left})
 
 
 def _assemble(
     settings: Settings, store: Store, asker: Asker, sender: Sender, *, now: Callable[[], int]
 ) -> Relay:
-    configured = accounts(settings)
+    configured, held, name = accounts(settings), Held(), new_id("rly", now())
+    bell = Bell(store.database, relay=name)
 
     async def look(account: str, job_id: str) -> Update:
         return await poller.look(account, job_id)
@@ -160,6 +171,8 @@ def _assemble(
         timeout=settings.delivery.timeout,
         concurrency=settings.delivery.concurrency,
         endpoint_concurrency=settings.delivery.endpoint_concurrency,
+        shards=held,
+        ring=bell.ring,
         renew=Renewer(store, look=look, now=now).renew,
         now=now,
     )
@@ -171,13 +184,39 @@ def _assemble(
         now=now,
     )
 
-    poller = Poller(store, asker, configured, record=ingest.record, changed=ingest.account_changed, now=now)
+    poller = Poller(
+        store,
+        asker,
+        configured,
+        relay=name,
+        shards=held,
+        ring=bell.ring,
+        record=ingest.record,
+        changed=ingest.account_changed,
+        now=now,
+    )
+
+    async def let_go(shards: Collection[int]) -> None:
+        await asyncio.gather(poller.let_go(shards), deliverer.let_go(shards))
+
+    holder = Holder(
+        store,
+        held,
+        relay=name,
+        lease=deliverer.longest_attempt + SPARE,
+        take=poller.take,
+        let_go=let_go,
+        changed=lambda: bell.ring("shards"),
+        now=now,
+    )
     turns = {
         name: Turns(account.requests_per_minute, account.pace.interval)
         for name, account in configured.items()
     }
 
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
+        for one in turns.values():
+            one.relays = held.relays
         await store.generations.hint(hints, turns=turns, now=now())
         return [None] * len(hints)
 
@@ -190,10 +229,28 @@ def _assemble(
         asker=asker,
         poller=poller,
         deliverer=deliverer,
+        shards=held,
+        holder=holder,
+        bell=bell,
         watch=Batch(store.generations.create),
         hint=Batch(hint),
         now=now,
     )
+
+
+def _listener(relay: Relay) -> Callable[[str], None]:
+    def heard(what: str, which: str) -> None:
+        match what:
+            case "deliveries" if int(which) in relay.shards.staying:
+                relay.deliverer.wake()
+            case "generations" if int(which) in relay.shards.staying:
+                relay.poller.wake()
+            case "endpoint":
+                relay.deliverer.forget(which)
+            case "shards":
+                relay.holder.wake()
+
+    return lambda message: relay.bell.hear(message, heard)
 
 
 def _metronome(relay: Relay) -> AsyncIOScheduler:
@@ -204,10 +261,13 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
     retention = relay.settings.retention
 
     async def remove_old() -> None:
-        await prune(relay.store, events=retention.events, attempts=retention.attempts, now=relay.now())
+        if relay.shards.covers("retention", relay.now()):
+            await prune(relay.store, events=retention.events, attempts=retention.attempts, now=relay.now())
 
     scheduler.add_job(relay.poller.tick, "interval", seconds=POLL_TICK)
     scheduler.add_job(relay.deliverer.tick, "interval", seconds=RETRY_TICK)
+    if not relay.store.database.alone:
+        scheduler.add_job(relay.holder.beat, "interval", seconds=BEAT)
     scheduler.add_job(remove_old, "interval", seconds=PRUNE_TICK)
     scheduler.start()
     return scheduler

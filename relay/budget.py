@@ -41,6 +41,10 @@ class Budget:
     left: int = 0
     left_until: int = 0
 
+    @property
+    def is_limited(self) -> bool:
+        return self.per_minute is not None or self.per_day is not None
+
     def available(self, now: int) -> int:
         """How many requests may be made at once now."""
         self._mind_the_clock(now)

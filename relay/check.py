@@ -131,7 +131,7 @@ async def _draw(url: str, account: str) -> None:
     except ConfigError:
         return
     try:
-        await store_on(database).accounts.draw(account, now=wall_clock())
+        await store_on(database).accounts.draw(account)
     except StoreError:
         return  # it has not been migrated yet: nobody uses it
     finally:

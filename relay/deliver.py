@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from uuid import uuid4
@@ -19,6 +19,7 @@ from relay.breaker import Breaker
 from relay.delivery import Answer, Claimed, Code, Settlement, settle
 from relay.lane import PATIENCE, Lane
 from relay.sender import Sender
+from relay.shard import Held, shard_of
 from relay.store import Store
 from relay.store.events import Handoff
 
@@ -39,6 +40,8 @@ class Deliverer:
     `endpoint_concurrency` at once to one and `concurrency` in all, a quarter of it kept for first
     attempts. Times are milliseconds.
 
+    Only to the destinations of its `shards`; `ring` tells those who hold the others that there is work.
+
     `renew` is asked about an event whose URLs would be dead by a time: whether it may be sent as it is stored
     now. Until then its delivery is given back."""
 
@@ -51,10 +54,13 @@ class Deliverer:
         timeout: int,
         concurrency: int,
         endpoint_concurrency: int,
+        shards: Held,
+        ring: Callable[[str, int], None],
         renew: Callable[[str, int], Awaitable[bool]],
         now: Callable[[], int],
     ) -> None:
         self._store, self._sender, self._renewal, self._now = store, sender, renew, now
+        self._shards, self._ring = shards, ring
         self._schedule, self._timeout = schedule, timeout
         self._concurrency, self._most = concurrency, endpoint_concurrency
         self._retry_slots = max(1, concurrency * 3 // 4)
@@ -68,16 +74,21 @@ class Deliverer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._renewing: dict[asyncio.Task[None], Claimed] = {}
         self._claiming = asyncio.Lock()
+        self._over = asyncio.Event()  # an attempt has ended
         self._swept_to = ""
         self._woken = self._stopping = False
 
     def handoff(self) -> Handoff:
         """Which fresh deliveries `accept` takes now, and the lease to insert them with."""
         taken: Counter[str] = Counter()
-        size = 0
+        elsewhere: set[int] = set()
+        size, deadline = 0, self._deadline()
 
         def takes(destination: str, length: int) -> bool:
             nonlocal size
+            if not self._shards.covers(destination, deadline):
+                elsewhere.add(shard_of(destination))
+                return False
             lane = self._lanes.get(destination)
             if (
                 self._stopping
@@ -92,11 +103,17 @@ class Deliverer:
             size += length
             return True
 
-        return Handoff(uuid4().hex, self._now() + self._lease, takes)
+        return Handoff(uuid4().hex, self._now() + self._lease, takes, elsewhere)
 
-    def accept(self, claimed: Sequence[Claimed]) -> None:
-        """Takes deliveries that are leased to this process and begins to send them; a relay that is stopping
-        gives them back."""
+    def accept(self, claimed: Sequence[Claimed], handoff: Handoff) -> None:
+        """Takes what was handed over and begins to send it, and tells other relays what is theirs."""
+        for number in handoff.elsewhere:
+            self._ring("deliveries", number)
+        self._put(claimed)
+
+    def _put(self, claimed: Sequence[Claimed]) -> None:
+        """Into their lanes with deliveries that are leased to this process; a relay that is stopping gives
+        them back."""
         if self._stopping:
             self._spawn(self._store.deliveries.release(claimed, now=self._now()))
             return
@@ -104,6 +121,9 @@ class Deliverer:
             lane = self._lanes.get(one.destination)
             if lane is None:
                 lane = self._lanes[one.destination] = Lane()
+                if one.rate_limit is not None:
+                    # Another relay may have sent something just before.
+                    lane.next_at = self._shards.since(one.destination) + 1000 / one.rate_limit
             lane.put(one)
             self._held += 1
             self._held_bytes += len(one.body)
@@ -132,14 +152,17 @@ class Deliverer:
                 most_bytes=HELD_BYTES - self._held_bytes,
             )
             got = Counter(one.destination for one in claimed)
-            self.accept(claimed)
+            self._put(claimed)
             for name, room in wanted.items():
                 if name in self._lanes:
                     self._lanes[name].backlog = got[name] >= room
 
-    def wake(self) -> None:
-        """Looks for due deliveries now rather than at the next tick."""
-        if not self._stopping and not self._woken:
+    def wake(self, destination: str | None = None) -> None:
+        """Looks for due deliveries now rather than at the next tick, or has whoever sends them to that
+        destination look."""
+        if destination is not None and not self._shards.covers(destination, self._now()):
+            self._ring("deliveries", shard_of(destination))
+        elif not self._stopping and not self._woken:
             self._woken = True
             self._spawn(self.tick())
 
@@ -152,6 +175,20 @@ class Deliverer:
         if lane.waiting:
             lane.backlog = True
             self._spawn(self._store.deliveries.release(self._empty(lane), now=self._now()))
+
+    async def let_go(self, shards: Collection[int]) -> None:
+        """Returns when nothing is on its way to the destinations of these shards, which it does not hold any
+        more; what waits here goes back to the store."""
+        async with self._claiming:
+            pass  # what is being claimed is among it
+        lanes = {name: lane for name, lane in self._lanes.items() if shard_of(name) in shards}
+        for name, lane in lanes.items():
+            if lane.waiting:
+                await self._store.deliveries.release(self._empty(lane), now=self._now())
+            while lane.sending:
+                self._over.clear()
+                await self._over.wait()
+            self._lanes.pop(name, None)
 
     def stop_claiming(self) -> None:
         """What is under way goes on."""
@@ -184,7 +221,7 @@ class Deliverer:
             for name, lane in list(self._lanes.items()):
                 if lane.is_idle(now, self._most):
                     del self._lanes[name]
-        names = {name for name, is_due in found if is_due}
+        names = {name for name, is_due in found if is_due and self._shards.covers(name, self._deadline())}
         names |= {name for name, lane in self._lanes.items() if lane.backlog}
         rooms = {name: self._room(self._lanes.get(name)) for name in names}
         return {name: room for name, room in rooms.items() if room > 0}
@@ -246,13 +283,7 @@ class Deliverer:
                 self._parked[name] = None
                 continue
             self._parked.pop(name, None)
-            dies = one.expires_at is not None and one.expires_at <= self._deadline()
-            if dies or self._is_too_late(one):
-                self._held -= 1
-                self._held_bytes -= len(one.body)
-                if dies:
-                    one = replace(one, body=b"")
-                    self._renewing[self._spawn(self._renew(one))] = one
+            if not self._is_fit(one):
                 self._offer(name, lane)
                 continue
             lane.sending += 1
@@ -265,6 +296,21 @@ class Deliverer:
             self._unproven += unproven
             self._spawn(self._attempt(name, lane, one, unproven=unproven))
             self._offer(name, lane)
+
+    def _is_fit(self, one: Claimed) -> bool:
+        """Whether it may be sent now; otherwise it is not held here any more."""
+        dies = one.expires_at is not None and one.expires_at <= self._deadline()
+        is_ours = self._shards.covers(one.destination, self._deadline())
+        if is_ours and not dies and not self._is_too_late(one):
+            return True
+        self._held -= 1
+        self._held_bytes -= len(one.body)
+        if not is_ours:
+            self._spawn(self._give_back((one, self._now())))
+        elif dies:
+            one = replace(one, body=b"")
+            self._renewing[self._spawn(self._renew(one))] = one
+        return False
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -297,6 +343,7 @@ class Deliverer:
             self._sending -= 1
             lane.sending -= 1
             lane.begun.pop(one.id, None)
+            self._over.set()
             self._unproven -= unproven
             if answer is not None:
                 news = self._learn(lane, one, answer)
@@ -337,9 +384,14 @@ class Deliverer:
         """Whether it waited too long here: it comes due again by itself, and may be another's by then."""
         return self._deadline() > one.lease_until
 
+    @property
+    def longest_attempt(self) -> int:
+        """Within so many milliseconds an attempt is certainly over."""
+        return self._timeout + MARGIN
+
     def _deadline(self) -> int:
         """When an attempt that begins now is certainly over."""
-        return self._now() + self._timeout + MARGIN
+        return self._now() + self.longest_attempt
 
     def _unpark(self) -> None:
         """One attempt has ended: whoever waits for a slot of its kind may try again, two at a time."""

@@ -13,11 +13,12 @@ LONGEST_WAIT = 600_000
 
 
 class Turns:
-    """The turns of one account's callbacks: half of `per_minute` at once, and evenly as many a minute.
-    `interval` is the shortest pause between two asks about one job, in milliseconds."""
+    """The turns of one account's callbacks: half of `per_minute` at once, and evenly as many a minute; where
+    there are several `relays`, each has its part of that. `interval` is the shortest pause between two asks
+    about one job, in milliseconds."""
 
     def __init__(self, per_minute: int | None, interval: int = 0) -> None:
-        self.interval = interval
+        self.interval, self.relays = interval, 1
         half = (per_minute or PER_MINUTE) / 2
         self._pause = 60_000 / half
         self._burst = self._pause * (max(1, int(half)) - 1)
@@ -29,7 +30,7 @@ class Turns:
 
     def take(self, now: int) -> None:
         """Takes that turn."""
-        self._next = self._ahead(now) + self._pause
+        self._next = self._ahead(now) + self._pause * self.relays
 
     def _ahead(self, now: int) -> float:
         # What is booked further ahead was booked before the clock was set back.

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from relay.batch import Batch
 from relay.delivery import Claimed
@@ -17,6 +18,8 @@ from relay.store.events import Change, Handoff, Publication
 from relay.store.tenants import DEFAULT
 
 log = logging.getLogger(__name__)
+# Another relay may have recorded the end that is waited for; seconds.
+LOOK_AGAIN = 1.0
 
 
 class Ingest:
@@ -28,7 +31,7 @@ class Ingest:
         store: Store,
         *,
         handoff: Callable[[], Handoff],
-        accept: Callable[[Sequence[Claimed]], None],
+        accept: Callable[[Sequence[Claimed], Handoff], None],
         progress_interval: int,
         now: Callable[[], int],
     ) -> None:
@@ -53,7 +56,8 @@ class Ingest:
 
     async def announce(self, events: Sequence[Event]) -> None:
         """Makes events of Relay's own known to the endpoints that want them, durably, all or none."""
-        self._accept(await self._store.events.announce(events, self._handoff(), now=self._now()))
+        handoff = self._handoff()
+        self._accept(await self._store.events.announce(events, handoff, now=self._now()), handoff)
 
     async def account_changed(self, account: Account, health: Health) -> None:
         """Announces that an account cannot be asked any more, or can again."""
@@ -81,24 +85,32 @@ class Ingest:
         bell = asyncio.Event()
         self._waiting.setdefault(generation_id, set()).add(bell)
         try:
-            generation = await self._store.generations.get(tenant, generation_id)
-            if generation is None or generation.ended or self._stopping:
-                return generation
-            try:
-                async with asyncio.timeout(timeout):
-                    await bell.wait()
-            except TimeoutError:
-                pass
-            return await self._store.generations.get(tenant, generation_id)
+            return await self._until_ended(tenant, generation_id, bell, timeout)
         finally:
             bells = self._waiting[generation_id]
             bells.discard(bell)
             if not bells:
                 del self._waiting[generation_id]
 
+    async def _until_ended(
+        self, tenant: str, generation_id: str, bell: asyncio.Event, timeout: float
+    ) -> Generation | None:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout
+        while True:
+            bell.clear()
+            generation = await self._store.generations.get(tenant, generation_id)
+            left = deadline - clock()
+            if generation is None or generation.ended or self._stopping or left <= 0:
+                return generation
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left if self._store.database.alone else min(left, LOOK_AGAIN)):
+                    await bell.wait()
+
     async def _publish(self, publications: Sequence[Publication]) -> Sequence[Sequence[Event] | Refused]:
-        results, claimed = await self._store.events.publish(publications, self._handoff(), now=self._now())
-        self._accept(claimed)
+        handoff = self._handoff()
+        results, claimed = await self._store.events.publish(publications, handoff, now=self._now())
+        self._accept(claimed, handoff)
         return results
 
     async def _write(self, reports: Sequence[Report]) -> Sequence[Generation | None]:
@@ -124,8 +136,9 @@ class Ingest:
             for id_, after in sorted(current.items())
             if (events := self._news(known[id_], after, now)) or after is not known[id_]
         ]
-        fresh, claimed = await self._store.events.record(changes, asked, self._handoff(), now=now)
-        self._accept(claimed)
+        handoff = self._handoff()
+        fresh, claimed = await self._store.events.record(changes, asked, handoff, now=now)
+        self._accept(claimed, handoff)
         for before, after in moves:
             _log(before, after)
         for event in fresh:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from uuid import uuid4
 
@@ -16,6 +16,7 @@ from relay.health import Health, Status
 from relay.hints import pause
 from relay.providers import Account
 from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask, sightings
+from relay.shard import Held, shard_of
 from relay.standing import Standing
 from relay.store import Store
 
@@ -26,13 +27,18 @@ OVERDUE = 100
 UNASKED_AFTER = 60_000
 # What is known of the accounts is written down so often.
 KEPT_EVERY = 1_000
+# No request begins so short before the account may be another relay's.
+BEFORE_LOSS = 5_000
 # Of an account's past so much is read at the start to learn from.
 LEARNED_FROM = 500
 
 
 class Poller:
-    """Asks about what is due. `record` takes reports (it is `Ingest.record`); `changed` is told when an
-    account stops to work, and when it works again."""
+    """Asks about what is due, at the accounts of the `shards` that this relay holds; `ring` tells those who
+    hold the others. `record` takes reports (it is `Ingest.record`); `changed` is told when an account stops
+    to work, and when it works again.
+
+    `standings` of the other accounts are as their holders wrote them down last."""
 
     def __init__(
         self,
@@ -40,19 +46,21 @@ class Poller:
         asker: Asker,
         accounts: Mapping[str, Account],
         *,
+        relay: str,
+        shards: Held,
+        ring: Callable[[str, int], None],
         record: Callable[[Report], Coroutine[None, None, Generation | None]],
         changed: Callable[[Account, Health], Coroutine[None, None, None]],
         now: Callable[[], int],
     ) -> None:
         self._store, self._asker, self._accounts = store, asker, accounts
+        self._relay, self._shards, self._ring = relay, shards, ring
         self._record, self._changed, self._now = record, changed, now
-        self.standings = {
-            name: Standing(one.pace, Budget(one.requests_per_minute, one.requests_per_day))
-            for name, one in accounts.items()
-        }
+        self.standings = {name: _unknown(one) for name, one in accounts.items()}
         self._strangers: Sequence[str] = ()  # accounts with open generations that are not configured any more
         self._asking: set[asyncio.Task[None]] = set()
         self._tick = asyncio.Lock()
+        self._over = asyncio.Event()  # a visit has ended
         self._kept_at = 0
         self._news: set[str] = set()  # accounts of which something is not written down yet
         self._woken = self._stopping = False
@@ -61,11 +69,25 @@ class Poller:
         """Goes on where the last relay stopped: budgets, health, and what its generations have taught."""
         watched = await self._store.generations.watching_accounts()
         self._strangers = [name for name in watched if name not in self._accounts]
-        states = await self._store.accounts.states()
-        for name, standing in self.standings.items():
-            standing.resume(states.get(name, {}))
-            for generation in await self._store.generations.ended(name, limit=LEARNED_FROM):
-                standing.learn(generation)
+        if not self._store.database.alone:
+            await self._study(self._accounts)
+
+    async def take(self, shards: Collection[int]) -> None:
+        """Readies itself to ask at the accounts of these shards, as whoever held them has left them."""
+        names = [name for name in self._accounts if shard_of(name) in shards]
+        await self._store.accounts.take(names, holder=self._relay, now=self._now())
+        await self._study(names)
+
+    async def let_go(self, shards: Collection[int]) -> None:
+        """Returns when nobody is asked any more at the accounts of these shards, which it does not hold any
+        more, and how they stand is written down."""
+        async with self._tick:
+            pass  # what is being claimed is among it
+        names = [name for name in self._accounts if shard_of(name) in shards]
+        while any(self.standings[name].under_way for name in names):
+            self._over.clear()
+            await self._over.wait()
+        await self._write_down(names, {})
 
     def first_ask(self, account: Account, *, deadline_at: int, job_known: bool, awaits_callback: bool) -> Ask:
         """When a generation that is now being watched is asked about first."""
@@ -78,9 +100,12 @@ class Poller:
             awaits_callback=awaits_callback,
         )
 
-    def wake(self) -> None:
-        """Looks for due generations now rather than at the next tick."""
-        if not self._stopping and not self._woken:
+    def wake(self, account: str | None = None) -> None:
+        """Looks for due generations now rather than at the next tick, or has whoever holds the account
+        look."""
+        if account is not None and not self._shards.covers(account, self._now()):
+            self._ring("generations", shard_of(account))
+        elif not self._stopping and not self._woken:
             self._woken = True
             self._spawn(self.tick())
 
@@ -92,7 +117,8 @@ class Poller:
                 return
             now = self._now()
             await self._claim_overdue(now)
-            rooms = {name: one.room(now) for name, one in self.standings.items()}
+            held = self._held(now)
+            rooms = {name: one.room(now) for name, one in held.items()}
             wanted = {name: room for name, room in rooms.items() if room > 0}
             due = await self._store.generations.claim(
                 wanted, now=now, lease=uuid4().hex, lease_until=now + LEASE
@@ -100,7 +126,7 @@ class Poller:
             for generation in due:
                 self._begin(generation, now, asks=True)
             got = Counter(generation.account for generation in due)
-            for name, standing in self.standings.items():
+            for name, standing in held.items():
                 if rooms[name] > 0:
                     standing.short = got[name] >= rooms[name]
             if now >= self._kept_at + KEPT_EVERY or now < self._kept_at:
@@ -117,9 +143,8 @@ class Poller:
             raise Conflict(f"account {generation.account!r} is not configured any more")
         if generation.job_id is None and generation.claimed_job_id is None:
             raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
-        budget, now = self.standings[generation.account].budget, self._now()
-        _check(budget, now)
-        budget.take(now)
+        await self._book(generation.account)
+        now = self._now()
         claimed = await self._store.generations.claim_one(
             generation.id, lease=uuid4().hex, lease_until=now + LEASE
         )
@@ -140,13 +165,13 @@ class Poller:
         if probes and (standing.under_way or not standing.health.may_ask(now)):
             wait = max(0, standing.health.paused_until - now)
             raise Limited("this account is not asked for the moment", retry_after=wait)
-        _check(standing.budget, now)
-        standing.budget.take(now)
         standing.under_way += probes
         try:
+            await self._book(account)
             return await self._look(self._accounts[account], job_id)
         finally:
             standing.under_way -= probes
+            self._over.set()
 
     def stop_claiming(self) -> None:
         """What is under way goes on."""
@@ -165,10 +190,11 @@ class Poller:
             log.error("poll.not_kept: %s", error)
 
     async def _claim_overdue(self, now: int) -> None:
-        judged = {name: one for name, one in self.standings.items() if not one.is_excused(now)}
+        judged = {name: one for name, one in self._held(now).items() if not one.is_excused(now)}
         rooms = {name: room for name, one in judged.items() if (room := one.room(now)) > 0}
         unasked = [name for name, one in judged.items() if one.wait(now) > UNASKED_AFTER]
-        wanted = {**dict.fromkeys([*unasked, *self._strangers], OVERDUE), **rooms}
+        strangers = [name for name in self._strangers if self._shards.covers(name, now)]
+        wanted = {**dict.fromkeys([*unasked, *strangers], OVERDUE), **rooms}
         overdue = await self._store.generations.claim_overdue(
             wanted, now=now, lease=uuid4().hex, lease_until=now + LEASE
         )
@@ -201,6 +227,7 @@ class Poller:
         finally:
             if standing is not None:
                 standing.under_way -= 1
+                self._over.set()
                 if standing.short:
                     self.wake()
 
@@ -218,6 +245,8 @@ class Poller:
         return update
 
     def _note(self, account: Account, standing: Standing, error: ProviderError | None) -> None:
+        if not self._shards.covers(account.name, self._now()):
+            return  # its holder will see for itself
         before = standing.health.status
         standing.health = standing.health.after(error, now=self._now(), spread=_spread())
         self._news.add(account.name)
@@ -342,22 +371,74 @@ class Poller:
             error=error,
         )
 
+    def _held(self, now: int) -> dict[str, Standing]:
+        """The accounts that this relay asks at, alone."""
+        return {
+            name: one for name, one in self.standings.items() if self._shards.covers(name, now + BEFORE_LOSS)
+        }
+
+    async def _book(self, name: str) -> None:
+        """Books one request of an account, whoever holds it. Raises Limited when its budget is used up."""
+        budget, now = self.standings[name].budget, self._now()
+        if self._shards.covers(name, now + BEFORE_LOSS):
+            _check(budget, now)
+            budget.take(now)
+        elif budget.is_limited:
+            if not await self._store.accounts.borrow(name):
+                raise Limited("this account's requests are used up for the moment", retry_after=KEPT_EVERY)
+        else:
+            _check(budget, now)
+            await self._store.accounts.draw(name)
+
     async def _keep(self) -> None:
-        for name, count in (await self._store.accounts.drawn()).items():
-            if name in self.standings:
-                for _ in range(count):
-                    self.standings[name].budget.take(self._now())
-                self._news.add(name)
+        """Writes down what is new of the accounts that it holds, and reads what others wrote of theirs."""
+        kept, lent = await self._store.accounts.kept(), dict[str, int]()
+        held = self._held(self._now())
+        for name, one in kept.items():
+            if name in held:
+                lent[name] = self._lend(held[name], one.lent)
+                if lent[name]:
+                    self._news.add(name)
+            elif name in self.standings and not self._shards.covers(name, self._now()):
+                self.standings[name].resume(one.state)
+                self.standings[name].lent = one.lent
         names, self._news = self._news, set()
-        if not names:
-            return
         try:
-            states = {name: self.standings[name].kept() for name in names}
-            await self._store.accounts.keep(states, now=self._now())
+            await self._write_down([name for name in names if name in held], lent)
         except BaseException:
             # Also when a tick is canceled because the relay stops: it is written down with what comes next.
             self._news |= names
             raise
+
+    def _lend(self, standing: Standing, lent: int) -> int:
+        """How many requests more others may make, beside so many; books them, and what they made unasked."""
+        now, budget = self._now(), standing.budget
+        more = max(0, -lent)
+        if not self._store.database.alone:
+            more += standing.lendable(max(0, lent), now) - max(0, lent)
+        for _ in range(more):
+            budget.take(now)
+        standing.lent = lent + more
+        return more
+
+    async def _write_down(self, names: Collection[str], lent: Mapping[str, int]) -> None:
+        if names:
+            states = {name: self.standings[name].kept() for name in names}
+            await self._store.accounts.keep(states, lent, holder=self._relay, now=self._now())
+
+    async def _study(self, names: Iterable[str]) -> None:
+        """How accounts were left, and what their generations have taught."""
+        kept = await self._store.accounts.kept()
+        for name in names:
+            standing = self.standings[name] = _unknown(self._accounts[name])
+            if name in kept:
+                standing.resume(kept[name].state)
+            for generation in await self._store.generations.ended(name, limit=LEARNED_FROM):
+                standing.learn(generation)
+
+
+def _unknown(account: Account) -> Standing:
+    return Standing(account.pace, Budget(account.requests_per_minute, account.requests_per_day))
 
 
 def _check(budget: Budget, now: int) -> None:

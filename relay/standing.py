@@ -27,6 +27,7 @@ class Standing:
     budget: Budget
     health: Health = field(default_factory=Health)
     under_way: int = 0
+    lent: int = 0  # so many requests are booked for others to make
     short: bool = False  # more was due than might be asked, at the last look
     experience: Experience = field(init=False)
 
@@ -44,6 +45,15 @@ class Standing:
         """Milliseconds until a request may be made."""
         paused = 0 if self.health.may_ask(now) else self.health.paused_until - now
         return max(self.budget.wait(now), paused)
+
+    def lendable(self, lent: int, now: int) -> int:
+        """How many requests others should have, who have so many now, for what cannot wait for this relay:
+        those of a second. An account without a limit needs to lend none."""
+        if self.health.status is not Status.OK or now < self.budget.paused_until:
+            return 0
+        if not self.budget.is_limited:
+            return 0
+        return min(lent + self.budget.available(now), max(1, (self.budget.per_minute or 0) // 60))
 
     def plan(self, generation: Generation | None = None) -> Plan | None:
         """What is known of how long a job takes; None when that is nothing."""

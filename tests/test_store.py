@@ -222,7 +222,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "tenant": "t", "key": "k", "request_hash": "h", "resource_id": "gen_1", "status": 201,
         "created_at": 1,
     },
-    "accounts": {"name": "luma", "state": "{}", "drawn": 0, "updated_at": 1},
+    "accounts": {"name": "luma", "state": "{}", "lent": 0, "holder": None, "updated_at": 1},
 }  # fmt: skip
 
 
@@ -285,7 +285,7 @@ async def test_an_impossible_row_is_refused_by_name(
         ("deliveries", {"id": "dlv_2", "event_id": "evt_9"}, "FOREIGN KEY"),
         ("attempts", {"id": "att_2"}, "UNIQUE constraint failed: attempts.delivery_id, attempts.number"),
         ("attempts", {"id": "att_2", "delivery_id": "dlv_9"}, "FOREIGN KEY"),
-        ("accounts", {"drawn": 1}, "UNIQUE constraint failed: accounts.name"),
+        ("accounts", {"lent": 1}, "UNIQUE constraint failed: accounts.name"),
     ],
 )
 async def test_a_second_row_of_what_there_is_once_is_refused(
@@ -1593,45 +1593,6 @@ async def test_deliveries_are_listed_by_every_status(store: Store, status: Statu
     expected[Status.CANCELED] = others[-1].id
     found = await store.deliveries.page(TENANT, {"status": status}, limit=10, cursor=None)
     assert [(one.id, one.status) for one in found] == [(expected[status], status)]
-
-
-# Accounts.
-
-
-async def test_how_accounts_stood_comes_back_as_it_was_kept_last(store: Store):
-    assert await store.accounts.states() == {}
-    await store.accounts.keep({"luma": {"budget": {"used": 1}}, "vivix": {"health": [1, None]}}, now=NOW)
-    await store.accounts.keep({"luma": {"budget": {"used": 2.5}}}, now=NOW + 1)
-    await store.accounts.keep({}, now=NOW + 2)
-    assert await store.accounts.states() == {
-        "luma": {"budget": {"used": 2.5}},
-        "vivix": {"health": [1, None]},
-    }
-    kept = await rows(store, "SELECT name, drawn, updated_at FROM accounts ORDER BY name")
-    assert kept == [
-        {"name": "luma", "drawn": 0, "updated_at": NOW + 1},
-        {"name": "vivix", "drawn": 0, "updated_at": NOW},
-    ]
-
-
-async def test_a_request_that_somebody_else_made_is_told_once(store: Store):
-    assert await store.accounts.drawn() == {}
-    await store.accounts.keep({"luma": {"a": 1}}, now=NOW)
-    for name in ("luma", "vivix", "luma"):
-        await store.accounts.draw(name, now=NOW)
-    assert await store.accounts.drawn() == {"luma": 2, "vivix": 1}
-    assert await store.accounts.drawn() == {}
-    await store.accounts.draw("luma", now=NOW)
-    assert await store.accounts.drawn() == {"luma": 1}
-
-
-async def test_drawing_and_keeping_leave_each_other_alone(store: Store):
-    await store.accounts.draw("luma", now=NOW)
-    await store.accounts.keep({"luma": {"a": 1}}, now=NOW)
-    await store.accounts.draw("luma", now=NOW)
-    assert await store.accounts.states() == {"luma": {"a": 1}}
-    assert await store.accounts.drawn() == {"luma": 2}
-    assert await store.accounts.states() == {"luma": {"a": 1}}
 
 
 # No query reads more of a big table than it must.

@@ -16,6 +16,7 @@ from relay.store.endpoints import Endpoints
 from relay.store.events import Events
 from relay.store.generations import Generations
 from relay.store.retention import Retention
+from relay.store.shards import Shards
 from relay.store.sqlite import SQLite
 from relay.store.tenants import Tenants
 
@@ -31,6 +32,7 @@ class Store:
     deliveries: Deliveries
     tenants: Tenants
     accounts: Accounts
+    shards: Shards
     retention: Retention
 
 
@@ -61,5 +63,6 @@ def store_on(database: Database) -> Store:
         deliveries=Deliveries(database),
         tenants=Tenants(database),
         accounts=Accounts(database),
+        shards=Shards(database),
         retention=Retention(database),
     )

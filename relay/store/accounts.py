@@ -1,10 +1,20 @@
-"""How accounts stood, at rest: what must survive a restart."""
+"""How accounts stand, at rest: what must survive a restart, and what one relay tells another."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from relay.store.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What was kept of an account. `lent` is how many requests other relays may still make with it; less
+    than nothing when they have made more."""
+
+    state: Mapping[str, Any]
+    lent: int
 
 
 class Accounts:
@@ -13,41 +23,54 @@ class Accounts:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    async def states(self) -> Mapping[str, Mapping[str, Any]]:
+    async def kept(self) -> Mapping[str, Kept]:
         """What was kept of each account, by its name."""
         async with self._db.read() as tx:
-            rows = await tx.fetch("SELECT name, state FROM accounts")
-        return {row["name"]: json.loads(row["state"]) for row in rows}
+            rows = await tx.fetch("SELECT name, state, lent FROM accounts")
+        return {row["name"]: Kept(json.loads(row["state"]), row["lent"]) for row in rows}
 
-    async def keep(self, states: Mapping[str, Mapping[str, Any]], *, now: int) -> None:
-        """Writes the states of these accounts."""
-        rows = [{"name": name, "state": json.dumps(state), "now": now} for name, state in states.items()]
+    async def take(self, names: Collection[str], *, holder: str, now: int) -> None:
+        """From now on only this holder keeps these accounts; one that had them before keeps nothing more."""
+        rows = [{"name": name, "holder": holder, "now": now} for name in sorted(names)]
+        async with self._db.write() as tx:
+            await tx.execute_many(_TAKE, rows)
+
+    async def keep(
+        self, states: Mapping[str, Mapping[str, Any]], lent: Mapping[str, int], *, holder: str, now: int
+    ) -> None:
+        """Writes the states of the accounts that the holder has, and lends so many requests more of each."""
+        rows = [
+            {
+                "name": name,
+                "state": json.dumps(states[name]),
+                "more": lent.get(name, 0),
+                "holder": holder,
+                "now": now,
+            }
+            for name in sorted(states)
+        ]
         async with self._db.write() as tx:
             await tx.execute_many(_KEEP, rows)
 
-    async def drawn(self) -> Mapping[str, int]:
-        """How many requests others have made with each account; each is told once."""
-        async with self._db.read() as tx:
-            rows = await tx.fetch("SELECT name, drawn FROM accounts WHERE drawn > 0")
-        if not rows:
-            return {}
+    async def borrow(self, name: str) -> bool:
+        """Takes one of the requests that were lent; whether there was one."""
         async with self._db.write() as tx:
-            await tx.execute_many(
-                "UPDATE accounts SET drawn = drawn - :drawn WHERE name = :name", [dict(row) for row in rows]
+            taken = await tx.execute(
+                "UPDATE accounts SET lent = lent - 1 WHERE name = :name AND lent > 0", name=name
             )
-        return {row["name"]: row["drawn"] for row in rows}
+        return taken > 0
 
-    async def draw(self, name: str, *, now: int) -> None:
-        """Tells a relay that somebody else has made a request with its account."""
+    async def draw(self, name: str) -> None:
+        """Tells the holder that somebody else has made a request with its account, if there is a holder."""
         async with self._db.write() as tx:
-            await tx.execute(_DRAW, name=name, now=now)
+            await tx.execute("UPDATE accounts SET lent = lent - 1 WHERE name = :name", name=name)
 
 
-_KEEP = """
-    INSERT INTO accounts (name, state, drawn, updated_at) VALUES (:name, :state, 0, :now)
-    ON CONFLICT (name) DO UPDATE SET state = EXCLUDED.state, updated_at = EXCLUDED.updated_at
+_TAKE = """
+    INSERT INTO accounts (name, state, lent, holder, updated_at) VALUES (:name, '{}', 0, :holder, :now)
+    ON CONFLICT (name) DO UPDATE SET holder = EXCLUDED.holder
 """
-_DRAW = """
-    INSERT INTO accounts (name, state, drawn, updated_at) VALUES (:name, '{}', 1, :now)
-    ON CONFLICT (name) DO UPDATE SET drawn = accounts.drawn + 1
+_KEEP = """
+    UPDATE accounts SET state = :state, lent = lent + :more, updated_at = :now
+    WHERE name = :name AND holder = :holder
 """

@@ -1,7 +1,7 @@
 """What a driver offers the store: transactions over one SQL text with `:named` parameters."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -37,6 +37,12 @@ class Database(Protocol):
 
     def migrating(self) -> AbstractAsyncContextManager[None]:
         """While it is held, no other relay migrates."""
+
+    async def notify(self, message: str) -> None:
+        """Tells whoever listens on this database; at most 7,999 bytes."""
+
+    def listening(self, heard: Callable[[str], None]) -> AbstractAsyncContextManager[None]:
+        """Calls `heard` with every message, one's own too, as long as the connection for it holds."""
 
     async def probe(self) -> None:
         """Raises StoreError when it would not take a write now."""

@@ -195,15 +195,16 @@ class Deliveries:
             )
         return [_read(row) for row in rows]
 
-    async def replay(self, tenant: str, delivery_id: str, *, now: int) -> None:
-        """Makes a finished delivery pending again, with a fresh run of the schedule.
+    async def replay(self, tenant: str, delivery_id: str, *, now: int) -> str:
+        """Makes a finished delivery pending again, with a fresh run of the schedule; its destination.
 
         Raises NotFound, or Conflict when it is not finished or its endpoint takes nothing now.
         """
         async with self._db.write() as tx:
             rows = await tx.fetch(
                 """
-                SELECT d.status, d.lease, d.updated_at, p.id AS endpoint_id, p.disabled_at, p.deleted_at
+                SELECT d.destination, d.status, d.lease, d.updated_at, p.id AS endpoint_id, p.disabled_at,
+                    p.deleted_at
                 FROM deliveries d LEFT JOIN endpoints p ON p.id = d.endpoint_id
                 WHERE d.id = :id AND d.tenant = :tenant
                 """,
@@ -231,6 +232,7 @@ class Deliveries:
                 id=delivery_id,
                 now=now,
             )
+        return str(row["destination"])
 
 
 # From one destination to the next by the index: the rows between are not read.

@@ -1,7 +1,7 @@
 """Events at rest: the one transaction in which a generation moves, is announced and fans out."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from relay.delivery import Claimed, Status, Trigger, destination
@@ -42,6 +42,7 @@ class Handoff:
     lease: str
     lease_until: int
     takes: Callable[[str, int], bool]  # whether one more of so many bytes is taken for a destination
+    elsewhere: set[int] = field(default_factory=set)  # shards of other relays that there was something for
 
 
 class Events:

@@ -1,7 +1,9 @@
 """The PostgreSQL driver: a pool of connections, and the one SQL text with its parameters numbered."""
 
+import asyncio
+import logging
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import lru_cache
 from typing import Any, Self
@@ -11,10 +13,14 @@ import asyncpg
 from relay.errors import ConfigError, StoreError
 from relay.store.database import Row, Transaction, expand
 
+log = logging.getLogger(__name__)
 _CONNECTIONS = 8
 _COMMAND_SECONDS = 30
 # Whoever migrates holds this lock: any number, as long as every release has the same.
 _MIGRATION_LOCK = 0x52656C6179
+_CHANNEL = "relay"
+# Whether the connection that listens still stands is seen so often; seconds.
+_LISTEN_AGAIN = 5
 _PARAMETER = re.compile(r"(?<![:\w]):([a-z_][a-z0-9_]*)")
 _TYPES: Sequence[tuple[type, str]] = (
     (int, "BIGINT"),
@@ -68,6 +74,32 @@ class PostgreSQL:
                     yield
                 finally:
                     await connection.execute("SELECT pg_advisory_unlock($1)", _MIGRATION_LOCK)
+
+    async def notify(self, message: str) -> None:
+        with _as_store_error():
+            await self._pool.execute("SELECT pg_notify($1, $2)", _CHANNEL, message)
+
+    @asynccontextmanager
+    async def listening(self, heard: Callable[[str], None]) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._listen(heard))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _listen(self, heard: Callable[[str], None]) -> None:
+        while True:
+            try:
+                async with self._pool.acquire() as connection:
+                    await connection.add_listener(_CHANNEL, lambda *said: heard(str(said[-1])))
+                    while True:
+                        await asyncio.sleep(_LISTEN_AGAIN)
+                        await connection.execute("SELECT 1")
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+                # Nothing is lost without it, only later.
+                log.info("database.deaf: %s", error)
+            await asyncio.sleep(_LISTEN_AGAIN)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:

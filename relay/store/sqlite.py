@@ -65,6 +65,13 @@ class SQLite:
     async def migrating(self) -> AsyncIterator[None]:
         yield  # the lock on the file is enough
 
+    async def notify(self, message: str) -> None:
+        pass  # there is nobody else
+
+    @asynccontextmanager
+    async def listening(self, heard: Callable[[str], None]) -> AsyncIterator[None]:
+        yield
+
     async def probe(self) -> None:
         async with self.write() as tx:
             await tx.execute("UPDATE tenants SET id = id WHERE id = ''")

@@ -105,8 +105,9 @@ async def test_endpoint(call: Call[None, None]) -> Result:
         raise Conflict("this endpoint is disabled: enable it first")
     now = relay.now()
     made = event.test(call.tenant, endpoint.id, now=now)
-    delivery_id, claimed = await relay.store.events.send(made, endpoint, relay.deliverer.handoff(), now=now)
-    relay.deliverer.accept(claimed)
+    handoff = relay.deliverer.handoff()
+    delivery_id, claimed = await relay.store.events.send(made, endpoint, handoff, now=now)
+    relay.deliverer.accept(claimed, handoff)
     return Result(202, _delivery(await _get_delivery(relay, call.tenant, delivery_id)))
 
 
@@ -270,8 +271,8 @@ async def get_delivery(call: Call[None, None]) -> Result:
 
 
 async def replay_delivery(call: Call[None, None]) -> Result:
-    await call.relay.store.deliveries.replay(call.tenant, call.path["id"], now=call.relay.now())
-    call.relay.deliverer.wake()
+    where_to = await call.relay.store.deliveries.replay(call.tenant, call.path["id"], now=call.relay.now())
+    call.relay.deliverer.wake(where_to)
     return Result(202, _delivery(await _get_delivery(call.relay, call.tenant, call.path["id"])))
 
 
@@ -394,6 +395,7 @@ def _delivery_fields(one: Delivery) -> dict[str, Any]:
 def _account(relay: Relay, name: str) -> r.AccountResource:
     account, standing, now = relay.accounts[name], relay.poller.standings[name], relay.now()
     health, budget = standing.health, standing.budget
+    used = budget.used_today - max(0, standing.lent) if now < budget.day_ends_at else 0
     wait = standing.wait(now)
     return r.AccountResource(
         name=name,
@@ -404,7 +406,7 @@ def _account(relay: Relay, name: str) -> r.AccountResource:
         budget=r.BudgetResource(
             requests_per_minute=budget.per_minute,
             requests_per_day=budget.per_day,
-            used_today=budget.used_today if now < budget.day_ends_at else 0,
+            used_today=max(0, used),
             next_request_at=rfc3339(now + wait) if wait else None,
         ),
         last_error=health.last_error,

@@ -6,12 +6,15 @@ from typing import TypedDict
 
 from relay.asker import Asker
 from relay.batch import Batch
+from relay.bell import Bell
 from relay.callback import Callbacks
 from relay.config import Settings
 from relay.deliver import Deliverer
+from relay.hold import Holder
 from relay.ingest import Ingest
 from relay.poll import Poller
 from relay.providers import Account
+from relay.shard import Held
 from relay.store import Store
 from relay.store.generations import Hint, Watch, Watched
 
@@ -28,6 +31,9 @@ class Relay:
     asker: Asker
     poller: Poller
     deliverer: Deliverer
+    shards: Held
+    holder: Holder
+    bell: Bell
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]
     now: Callable[[], int]

@@ -31,7 +31,7 @@ async def receive(request: Request[State]) -> Response:
     claimed = _claimed(account.provider, await read_body(request))
     log.info("callback.received", extra={"account": name, "generation": generation_id, "job": claimed})
     await relay.hint(Hint(generation_id, claimed))
-    relay.poller.wake()
+    relay.poller.wake(name)
     return Response(status_code=200)
 
 
@@ -52,7 +52,7 @@ async def receive_signed(request: Request[State]) -> Response:
     log.info("callback.received", extra={"account": name, "generations": len(watching), "job": claimed})
     if watching:
         await asyncio.gather(*(relay.hint(Hint(generation_id, claimed)) for generation_id in watching))
-        relay.poller.wake()
+        relay.poller.wake(name)
     return Response(status_code=200)
 
 

@@ -93,10 +93,25 @@ CREATE INDEX generations_by_status ON generations (status, id);
 CREATE INDEX generations_of_an_account ON generations (account, id);
 CREATE INDEX generations_of_a_job ON generations (job_id);
 
+CREATE TABLE relays (
+    id TEXT PRIMARY KEY,
+    seen_at BIGINT NOT NULL
+);
+
+CREATE TABLE shards (
+    number BIGINT PRIMARY KEY,
+    holder TEXT,
+    held_until BIGINT NOT NULL
+);
+INSERT INTO shards (number, held_until)
+WITH RECURSIVE numbers(number) AS (SELECT 0 UNION ALL SELECT number + 1 FROM numbers WHERE number < 63)
+SELECT number, 0 FROM numbers;
+
 CREATE TABLE accounts (
     name TEXT PRIMARY KEY,
     state TEXT NOT NULL,
-    drawn BIGINT NOT NULL,
+    lent BIGINT NOT NULL,
+    holder TEXT,
     updated_at BIGINT NOT NULL
 );
 
