@@ -256,12 +256,15 @@ async def measure(quick: bool) -> Figures:
     return figures
 
 
-def show(figures: Figures) -> None:
+def show_all(figures: Figures) -> None:
     table = Table("figure", "median", "range", title=f"Relay {__version__}, {platform.platform()}")
     for name, values in figures.values.items():
         spread = f"{min(values):,.1f} – {max(values):,.1f}" if len(values) > 1 else ""
         table.add_row(name, f"{statistics.median(values):,.1f}", spread)
     console.print(table)
+
+
+def show_ratios(figures: Figures) -> None:
     published = "deliveries/s, relay, fan-out 1"
     ratios: Sequence[tuple[str, str, str]] = (
         ("relay / naive, fan-out 1", published, "deliveries/s, naive, fan-out 1"),
@@ -288,7 +291,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all values there")
     arguments = parser.parse_args()
     figures = uvloop.run(measure(arguments.quick))
-    show(figures)
+    show_all(figures)
+    show_ratios(figures)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures.values, indent=1))
 

@@ -35,6 +35,10 @@ class Process:
         status = Path(f"/proc/{self.it.pid}/status").read_text()
         return int(status.split(f"{what}:")[1].split()[0]) / 1024
 
+    def cpu(self) -> float:
+        """Seconds of CPU that it has used."""
+        return cpu_of(self.it.pid)
+
     def forget_peak(self) -> None:
         Path(f"/proc/{self.it.pid}/clear_refs").write_text("5")
 
@@ -66,6 +70,12 @@ class SinkProcess(Process):
         return report
 
 
+def cpu_of(pid: int, *, with_ended_children: bool = False) -> float:
+    """Seconds of CPU that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return sum(map(int, fields[11 : 15 if with_ended_children else 13])) / os.sysconf("SC_CLK_TCK")
+
+
 def free_port() -> int:
     with socket.socket() as bound:
         bound.bind((HOST, 0))
@@ -91,19 +101,23 @@ def wait_until_ready(port: int) -> None:
 
 
 @contextmanager
-def relay(directory: str, *, timeout: str = "15s") -> Iterator[tuple[Process, int]]:
-    """A relay on a database in this directory."""
+def relay(
+    directory: str, *, timeout: str = "15s", database: str = "sqlite:///relay.db"
+) -> Iterator[tuple[Process, int]]:
+    """A relay on a database, in this directory when none is named."""
     port = free_port()
     settings = {
         "port": port,
+        "database": database,
         "secret_key": "bench" * 8,
         "admin_key": KEY,
         "log_level": "warning",
         "network": {"allow": ["127.0.0.0/8"]},
         "delivery": {"timeout": timeout},
     }
-    Path(directory, "config.yaml").write_text(json.dumps(settings))
-    process = Process("relay", "serve", "--config", f"{directory}/config.yaml", cwd=directory)
+    config = Path(directory, f"config-{port}.yaml")
+    config.write_text(json.dumps(settings))
+    process = Process("relay", "serve", "--config", str(config), cwd=directory)
     try:
         wait_until_ready(port)
         yield process, port

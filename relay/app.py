@@ -148,11 +148,6 @@ async def _prepare(
         await store.tenants.add_key(new_id("key", now()), DEFAULT, "admin", hash_key(key), now=now())
         if show_key is not None:
             show_key(key)
-    # What the last relay left in flight is due at once, unless it may be another's.
-    if store.database.alone:
-        left = await store.deliveries.recover(now=now()) + await store.generations.recover(now=now())
-        if left:
-            log.info("relay.recovered", extra={"rows": left})
 
 
 def _assemble(
@@ -196,6 +191,9 @@ def _assemble(
         now=now,
     )
 
+    async def take(shards: Collection[int]) -> None:
+        await asyncio.gather(poller.take(shards), deliverer.take(shards))
+
     async def let_go(shards: Collection[int]) -> None:
         await asyncio.gather(poller.let_go(shards), deliverer.let_go(shards))
 
@@ -204,7 +202,7 @@ def _assemble(
         held,
         relay=name,
         lease=deliverer.longest_attempt + SPARE,
-        take=poller.take,
+        take=take,
         let_go=let_go,
         changed=lambda: bell.ring("shards"),
         now=now,

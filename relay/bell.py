@@ -13,6 +13,8 @@ from relay.store.database import Database
 log = logging.getLogger(__name__)
 # PostgreSQL takes less than 8,000 bytes at once.
 _MOST_BYTES = 7_000
+# So many seconds between two rings: a relay that is woken for every single thing does everything singly.
+_QUIET = 0.01
 
 
 class Bell:
@@ -49,6 +51,7 @@ class Bell:
         try:
             while self._words:
                 await self._database.notify("\n".join([self._relay, *self._some()]))
+                await asyncio.sleep(_QUIET)
         except StoreError as error:
             log.debug("bell.silent: %s", error)
         finally:

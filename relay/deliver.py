@@ -176,6 +176,22 @@ class Deliverer:
             lane.backlog = True
             self._spawn(self._store.deliveries.release(self._empty(lane), now=self._now()))
 
+    async def take(self, shards: Collection[int]) -> None:
+        """Makes due at once what a relay had in hand for the destinations of these shards that is gone; one
+        that gave them away left nothing."""
+        now, left = self._now(), 0
+        if self._store.database.alone:
+            left = await self._store.deliveries.recover(now=now)
+        else:
+            after = ""
+            while found := await self._store.deliveries.destinations(now=now, after=after, limit=SWEPT):
+                after = found[-1][0]
+                names = [name for name, _ in found if shard_of(name) in shards]
+                if names:
+                    left += await self._store.deliveries.recover(names, now=now)
+        if left:
+            log.info("delivery.recovered", extra={"deliveries": left})
+
     async def let_go(self, shards: Collection[int]) -> None:
         """Returns when nothing is on its way to the destinations of these shards, which it does not hold any
         more; what waits here goes back to the store."""

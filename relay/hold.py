@@ -57,7 +57,7 @@ class Holder:
             beat = await self._store.shards.beat(self._relay, now=now, lease=self._lease)
             if beat.ahead > CLOCKS_DIFFER:
                 log.warning("relay.clocks_differ", extra={"ms": beat.ahead})
-            if lost := before.difference(beat.held):
+            if lost := set(self._held.staying).difference(beat.held):
                 self._held.lose(lost)
                 self._spawn(self._drop(lost))
             self._held.renew(until=now + self._lease)

@@ -75,7 +75,12 @@ class Poller:
     async def take(self, shards: Collection[int]) -> None:
         """Readies itself to ask at the accounts of these shards, as whoever held them has left them."""
         names = [name for name in self._accounts if shard_of(name) in shards]
+        strangers = [name for name in self._strangers if shard_of(name) in shards]
         await self._store.accounts.take(names, holder=self._relay, now=self._now())
+        # What a relay was asking about that is gone; one that gave them away left nothing.
+        left = await self._store.generations.recover([*names, *strangers], now=self._now())
+        if left:
+            log.info("poll.recovered", extra={"generations": left})
         await self._study(names)
 
     async def let_go(self, shards: Collection[int]) -> None:

@@ -1,13 +1,11 @@
 """Several relays over one PostgreSQL: any of them is asked, one of them does it."""
 
-import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
 
 import pytest
 
-from relay.shard import shard_of
 from tests.conftest import RunningRelay, World
 from tests.postgres import Cluster
 

@@ -763,7 +763,7 @@ async def test_a_claim_that_nobody_finishes_comes_due_again(store: Store):
 async def test_recover_makes_the_claims_of_a_dead_relay_due_and_nothing_else(store: Store):
     claimed, waiting = await watched(store, due_at=NOW), await watched(store, "2", due_at=NOW + DAY)
     await claimed_generations(store, now=NOW)
-    assert await store.generations.recover(now=NOW) == 1
+    assert await store.generations.recover(["luma"], now=NOW) == 1
     assert [one.id for one in await claimed_generations(store, now=NOW)] == [claimed.id]
     assert await store.generations.get(TENANT, waiting.id) == waiting
 

@@ -1,7 +1,7 @@
 """Deliveries and their attempts at rest."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,20 +126,21 @@ class Deliveries:
                 [{"id": one.id, "lease": one.lease, "now": due_at} for one, due_at in postponed],
             )
 
-    async def recover(self, *, now: int) -> int:
-        """Makes what a stopped relay was sending due now, without waiting for its leases; returns how many.
+    async def recover(self, destinations: Collection[str] | None = None, *, now: int) -> int:
+        """Makes due now what was being sent to these destinations, or to any, without waiting for its leases;
+        returns how many.
 
-        Only for a database that no other relay uses.
+        Only for those to which no relay can be sending.
         """
+        only = "" if destinations is None else "AND destination IN (:destinations)"
+        values = {} if destinations is None else {"destinations": sorted(destinations)}
         async with self._db.write() as tx:
-            await tx.execute(
-                """
-                UPDATE deliveries SET lease = NULL
-                WHERE status = 'canceled' AND status <> 'delivered' AND lease IS NOT NULL
-                """
-            )
+            if destinations is None:
+                await tx.execute(_FORGET_ATTEMPTS)
             return await tx.execute(
-                "UPDATE deliveries SET due_at = :now WHERE status = 'sending' AND due_at > :now", now=now
+                f"UPDATE deliveries SET due_at = :now WHERE status = 'sending' AND due_at > :now {only}",
+                now=now,
+                **values,
             )
 
     async def get(self, tenant: str, delivery_id: str) -> Delivery | None:
@@ -278,6 +279,10 @@ _SIZES = """
     SELECT d.id, LENGTH(e.body) AS size FROM deliveries d JOIN events e ON e.id = d.event_id
     WHERE d.destination IN (:destinations) AND d.due_at = :lease_until AND d.lease = :lease
     ORDER BY d.id
+"""
+_FORGET_ATTEMPTS = """
+    UPDATE deliveries SET lease = NULL
+    WHERE status = 'canceled' AND status <> 'delivered' AND lease IS NOT NULL
 """
 _RELEASE = """
     UPDATE deliveries

@@ -1,7 +1,7 @@
 """Generations at rest."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -274,14 +274,17 @@ class Generations:
             )
             return await _claimed(tx, list(wanted), lease=lease, lease_until=lease_until)
 
-    async def recover(self, *, now: int) -> int:
-        """Makes what a stopped relay was asking about due now; only for a database no other relay uses."""
+    async def recover(self, accounts: Collection[str], *, now: int) -> int:
+        """Makes due now what was being asked about at these accounts, where no relay can be asking."""
+        if not accounts:
+            return 0
         async with self._db.write() as tx:
             return await tx.execute(
                 """
                 UPDATE generations SET due_at = :now, lease = NULL
-                WHERE lease IS NOT NULL AND due_at > :now
+                WHERE account IN (:accounts) AND due_at > :now AND lease IS NOT NULL
                 """,
+                accounts=sorted(accounts),
                 now=now,
             )
 

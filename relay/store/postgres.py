@@ -89,13 +89,19 @@ class PostgreSQL:
             await asyncio.wait([task])
 
     async def _listen(self, heard: Callable[[str], None]) -> None:
+        def hear(*said: object) -> None:
+            heard(str(said[-1]))
+
         while True:
             try:
                 async with self._pool.acquire() as connection:
-                    await connection.add_listener(_CHANNEL, lambda *said: heard(str(said[-1])))
-                    while True:
-                        await asyncio.sleep(_LISTEN_AGAIN)
-                        await connection.execute("SELECT 1")
+                    await connection.add_listener(_CHANNEL, hear)
+                    try:
+                        while True:
+                            await asyncio.sleep(_LISTEN_AGAIN)
+                            await connection.execute("SELECT 1")
+                    finally:
+                        await connection.remove_listener(_CHANNEL, hear)
             except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
                 # Nothing is lost without it, only later.
                 log.info("database.deaf: %s", error)
