@@ -23,6 +23,10 @@ hypothesis_settings.register_profile("thorough", max_examples=3000, deadline=Non
 ADMIN_KEY = "admin-key-of-the-tests"
 
 
+def pytest_report_header() -> str | None:
+    return WHY_MISSING if binaries() is None else None
+
+
 @dataclass
 class Clock:
     """Wall time, in milliseconds, that can be moved forward."""
