@@ -16,11 +16,15 @@ from hypothesis import settings as hypothesis_settings
 from relay.app import build
 from relay.config import Settings, read_config
 from relay.simulator import Simulator
-from tests.postgres import WHY_MISSING, Cluster, binaries, running_cluster
+from tests.postgres import TEMPLATE, WHY_MISSING, Cluster, binaries, running_cluster
 from tests.serving import Subscriber, listener, origin_of, serving
 
 hypothesis_settings.register_profile("thorough", max_examples=3000, deadline=None)
 ADMIN_KEY = "admin-key-of-the-tests"
+
+
+def pytest_report_header() -> str | None:
+    return WHY_MISSING if binaries() is None else None
 
 
 @dataclass
@@ -133,12 +137,22 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty database of each kind; PostgreSQL's is migrated already, at time 0."""
+    """A new database of each kind; PostgreSQL's is migrated already, at time 0."""
+    yield from _new_database(request, tmp_path, template=TEMPLATE)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A new database of each kind, without a table."""
+    yield from _new_database(request, tmp_path, template=None)
+
+
+def _new_database(request: pytest.FixtureRequest, directory: Path, *, template: str | None) -> Iterator[str]:
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/relay.db"
+        yield f"sqlite:///{directory}/relay.db"
         return
     cluster: Cluster = request.getfixturevalue("cluster")
-    url = cluster.database()
+    url = cluster.database(template)
     yield url
     cluster.drop(url)
 

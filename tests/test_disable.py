@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,8 +191,10 @@ async def test_a_single_success_in_between_starts_the_five_days_over(world: Worl
     assert (await shown(relay, ill))["status"] == "disabled"
 
 
-async def test_a_success_among_failures_that_are_written_together_starts_the_five_days_over(tmp_path: Path):
-    database = await open_database(f"sqlite:///{tmp_path}/relay.db")
+async def test_a_success_among_failures_that_are_written_together_starts_the_five_days_over(
+    database_url: str,
+):
+    database = await open_database(database_url)
     try:
         await migrate(database, now=0)
         store = store_on(database)

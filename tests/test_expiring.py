@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -25,13 +24,12 @@ from relay.generation import Output, Update
 from relay.providers import expiry, output
 from relay.renew import AT_ONCE, Renewer
 from relay.store import Store
-from relay.store.migrate import migrate
 from relay.times import parse_rfc3339, rfc3339
 from tests.conftest import RunningRelay, World
 from tests.serving import Received, serving
 from tests.test_openapi import JSON as JSON_TYPE
 from tests.test_openapi import complaints, document_of
-from tests.test_store import DONE, TENANT, announced, opened, watched
+from tests.test_store import DONE, TENANT, announced, opened, prepared, watched
 
 NOW = 1_800_000_000_000
 HOUR = 3600
@@ -344,7 +342,7 @@ async def test_a_provider_that_hangs_delays_nothing_else_and_no_stop(world: Worl
             await world.subscriber.got(2)
             begun = time.monotonic()
         assert time.monotonic() - begun < 5
-        async with opened(world.directory / "relay.db") as store:
+        async with opened(f"sqlite:///{world.directory}/relay.db") as store:
             given_back = await store.deliveries.get(TENANT, delivery["id"])
             assert given_back is not None and given_back.status is Status.PENDING
         gate.set()
@@ -360,15 +358,14 @@ async def test_a_provider_that_hangs_delays_nothing_else_and_no_stop(world: Worl
 
 
 @asynccontextmanager
-async def expired_events(path: Path, jobs: Sequence[str]) -> AsyncIterator[tuple[Store, list[str]]]:
+async def expired_events(url: str, jobs: Sequence[str]) -> AsyncIterator[tuple[Store, list[str]]]:
     """A store with one event for each job, all of whose outputs expire at NOW."""
-    async with opened(path / "relay.db") as store:
-        await migrate(store.database, now=NOW)
+    async with prepared(url) as store:
         expiring = replace(DONE, outputs=(Output("https://a.test/1.png", expires_at=NOW),))
         yield store, [(await announced(store, await watched(store, job), expiring))[0].id for job in jobs]
 
 
-async def test_an_event_that_was_renewed_is_not_asked_about_by_its_other_deliveries(tmp_path: Path):
+async def test_an_event_that_was_renewed_is_not_asked_about_by_its_other_deliveries(database_url: str):
     asked, gate = [], asyncio.Event()
 
     async def look(account: str, job_id: str) -> Update:
@@ -376,7 +373,7 @@ async def test_an_event_that_was_renewed_is_not_asked_about_by_its_other_deliver
         await gate.wait()
         return replace(DONE, outputs=(Output("https://a.test/2.png", expires_at=NOW + HOUR),))
 
-    async with expired_events(tmp_path, ["a"]) as (store, [id_]):
+    async with expired_events(database_url, ["a"]) as (store, [id_]):
         renewer = Renewer(store, look=look, now=lambda: NOW)
         together = [asyncio.create_task(renewer.renew(id_, NOW)) for _ in range(10)]
         gate.set()
@@ -387,7 +384,7 @@ async def test_an_event_that_was_renewed_is_not_asked_about_by_its_other_deliver
         assert len(asked) == 2
 
 
-async def test_an_account_that_hangs_is_asked_about_so_many_events_at_once(tmp_path: Path):
+async def test_an_account_that_hangs_is_asked_about_so_many_events_at_once(database_url: str):
     full, gate, under_way = asyncio.Event(), asyncio.Event(), 0
 
     async def look(account: str, job_id: str) -> Update:
@@ -398,7 +395,7 @@ async def test_an_account_that_hangs_is_asked_about_so_many_events_at_once(tmp_p
         await gate.wait()
         return DONE
 
-    async with expired_events(tmp_path, [f"job-{n}" for n in range(AT_ONCE + 1)]) as (store, ids):
+    async with expired_events(database_url, [f"job-{n}" for n in range(AT_ONCE + 1)]) as (store, ids):
         renewer = Renewer(store, look=look, now=lambda: NOW)
         waiting = [asyncio.create_task(renewer.renew(id_, NOW)) for id_ in ids[:-1]]
         await asyncio.wait_for(full.wait(), 10)
@@ -409,7 +406,7 @@ async def test_an_account_that_hangs_is_asked_about_so_many_events_at_once(tmp_p
         assert under_way == AT_ONCE + 1
 
 
-async def test_a_delivery_that_stops_waiting_does_not_make_the_others_wait_for_ever(tmp_path: Path):
+async def test_a_delivery_that_stops_waiting_does_not_make_the_others_wait_for_ever(database_url: str):
     reached = asyncio.Event()
 
     async def look(account: str, job_id: str) -> Update:
@@ -417,7 +414,7 @@ async def test_a_delivery_that_stops_waiting_does_not_make_the_others_wait_for_e
         await asyncio.Event().wait()
         return DONE
 
-    async with expired_events(tmp_path, ["a"]) as (store, [id_]):
+    async with expired_events(database_url, ["a"]) as (store, [id_]):
         renewer = Renewer(store, look=look, now=lambda: NOW)
         first = asyncio.create_task(renewer.renew(id_, NOW))
         await asyncio.wait_for(reached.wait(), 10)

@@ -1,16 +1,11 @@
-"""What Relay remembers, on a real SQLite file."""
+"""What Relay remembers, on both databases; what only one of them has is in a file of its own."""
 
 import asyncio
 import json
-import re
-import sqlite3
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +24,8 @@ from relay.store import Store, open_database, store_on
 from relay.store.events import Change, Handoff, Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
 from relay.store.idempotency import Idempotency
-from relay.store.migrate import migrate
+from relay.store.migrate import migrate, pending
+from tests.postgres import Cluster
 
 NOW = 1_800_000_000_000
 SECOND, DAY = 1_000, 86_400_000
@@ -41,24 +37,27 @@ LATE = Update(status=Is.TIMED_OUT)
 
 
 @asynccontextmanager
-async def opened(path: Path) -> AsyncIterator[Store]:
-    database = await open_database(f"sqlite:///{path}")
+async def opened(url: str) -> AsyncIterator[Store]:
+    database = await open_database(url)
     try:
         yield store_on(database)
     finally:
         await database.close()
 
 
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[Store]:
-    database = await open_database(database_url)
-    try:
-        store = store_on(database)
+@asynccontextmanager
+async def prepared(url: str) -> AsyncIterator[Store]:
+    """A store with all tables, and a tenant."""
+    async with opened(url) as store:
         await migrate(store.database, now=NOW)
         await store.tenants.found(TENANT, "whsec_of_the_tenant", now=NOW)
         yield store
-    finally:
-        await database.close()
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[Store]:
+    async with prepared(database_url) as store:
+        yield store
 
 
 def a_generation(job_id: str | None = "job-1", *, at: int = NOW, **changes: Any) -> Generation:
@@ -112,7 +111,7 @@ async def announced(
     return made, claimed
 
 
-async def pending(store: Store, **changes: Any) -> Claimed:
+async def claimed_delivery(store: Store, **changes: Any) -> Claimed:
     """One delivery that is due, claimed under the lease `lease`."""
     await registered(store)
     await announced(store, await watched(store, **changes))
@@ -248,14 +247,14 @@ async def test_a_row_that_is_possible_is_taken(store: Store, table: str):
         ("endpoints", {"disabled_reason": "why"}, "disabled_endpoints_have_a_reason"),
         ("endpoints", {"previous_secret": "s"}, "previous_secrets_expire"),
         ("endpoints", {"previous_secret_expires_at": 1}, "previous_secrets_expire"),
-        ("generations", {"status": "hibernating"}, "generation_status_is_known"),
+        ("generations", {"status": "lost", "due_at": None, "known_at": 1}, "generation_status_is_known"),
         ("generations", {"status": "completed", "known_at": 1}, "only_unfinished_generations_are_polled"),
         ("generations", {"status": "queued", "due_at": None}, "open_generations_are_due"),
         ("generations", {"status": "processing", "due_at": None}, "open_generations_are_due"),
         ("generations", {"status": "failed", "due_at": None}, "ended_generations_are_known_since"),
         ("generations", {"status": "timed_out"}, "ended_generations_are_known_since"),
         ("generations", {"known_at": 1}, "ended_generations_are_known_since"),
-        ("deliveries", {"status": "lost"}, "delivery_status_is_known"),
+        ("deliveries", {"status": "lost", "due_at": None}, "delivery_status_is_known"),
         ("deliveries", {"endpoint_id": None}, "deliveries_have_one_destination"),
         ("deliveries", {"callback_url": "https://a.test/"}, "deliveries_have_one_destination"),
         ("deliveries", {"due_at": None}, "open_deliveries_are_due"),
@@ -275,17 +274,22 @@ async def test_an_impossible_row_is_refused_by_name(
 
 @pytest.mark.parametrize(
     ("table", "changes", "refusal"),
+    # In the words of SQLite, or else of PostgreSQL.
     [
-        ("keys", {"id": "key_2"}, "UNIQUE constraint failed: keys.hash"),
-        ("generations", {"id": "gen_2"}, "UNIQUE constraint failed: .*generations.job_id"),
-        ("events", {"id": "evt_2", "source_id": None}, "failed: events.generation_id, events.announces"),
-        ("events", {"id": "evt_2", "generation_id": None}, "UNIQUE constraint failed: .*events.source_id"),
-        ("idempotency_keys", {"resource_id": "gen_2"}, "UNIQUE constraint failed: idempotency_keys.tenant"),
-        ("deliveries", {"id": "dlv_2"}, "UNIQUE constraint failed: deliveries.event_id"),
-        ("deliveries", {"id": "dlv_2", "event_id": "evt_9"}, "FOREIGN KEY"),
-        ("attempts", {"id": "att_2"}, "UNIQUE constraint failed: attempts.delivery_id, attempts.number"),
-        ("attempts", {"id": "att_2", "delivery_id": "dlv_9"}, "FOREIGN KEY"),
-        ("accounts", {"lent": 1}, "UNIQUE constraint failed: accounts.name"),
+        ("keys", {"id": "key_2"}, "keys.hash|keys_are_known_by_their_hash"),
+        ("generations", {"id": "gen_2"}, "generations.job_id|a_job_is_watched_once"),
+        ("events", {"id": "evt_2", "source_id": None}, "events.announces|each_status_is_announced_once"),
+        (
+            "events",
+            {"id": "evt_2", "generation_id": None},
+            "events.source_id|a_publisher_names_an_event_once",
+        ),
+        ("idempotency_keys", {"resource_id": "gen_2"}, "idempotency_keys.key|idempotency_keys_pkey"),
+        ("deliveries", {"id": "dlv_2"}, "deliveries.event_id|an_event_goes_to_an_endpoint_once"),
+        ("deliveries", {"id": "dlv_2", "event_id": "evt_9"}, "FOREIGN KEY|foreign key"),
+        ("attempts", {"id": "att_2"}, "attempts.number|attempts_are_numbered"),
+        ("attempts", {"id": "att_2", "delivery_id": "dlv_9"}, "FOREIGN KEY|foreign key"),
+        ("accounts", {"lent": 1}, "accounts.name|accounts_pkey"),
     ],
 )
 async def test_a_second_row_of_what_there_is_once_is_refused(
@@ -297,47 +301,7 @@ async def test_a_second_row_of_what_there_is_once_is_refused(
         await insert(store, table, **changes)
 
 
-# One file, one process, one version.
-
-
-async def another_process(path: Path) -> subprocess.CompletedProcess[str]:
-    """A program that opens the file, and ends."""
-    program = (
-        "import asyncio, sys; from relay.store import open_database;"
-        "asyncio.run(open_database('sqlite:///' + sys.argv[1]))"
-    )
-    command = [sys.executable, "-c", program, str(path)]
-    return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=10)
-
-
-async def test_a_second_process_on_the_same_file_is_refused_and_told_of_postgresql(tmp_path: Path):
-    async with opened(tmp_path / "relay.db"):
-        second = await another_process(tmp_path / "relay.db")
-    assert second.returncode != 0
-    assert "database: another relay is running" in second.stderr
-    assert "PostgreSQL" in second.stderr
-
-
-async def test_a_file_by_another_name_is_still_the_same_file(tmp_path: Path):
-    (tmp_path / "link.db").symlink_to(tmp_path / "relay.db")
-    async with opened(tmp_path / "relay.db"):
-        with pytest.raises(ConfigError, match="another relay"):
-            async with opened(tmp_path / "link.db"):
-                pass
-
-
-async def test_a_file_is_free_again_once_it_is_closed(tmp_path: Path):
-    for _ in range(2):
-        async with opened(tmp_path / "relay.db"):
-            pass
-
-
-@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_text("no database" * 100)])
-async def test_a_file_that_is_no_database_is_refused_and_the_program_ends(tmp_path: Path, make: Any):
-    make(tmp_path / "relay.db")
-    refused = await another_process(tmp_path / "relay.db")
-    assert refused.returncode != 0
-    assert "ConfigError: database: " in refused.stderr
+# One database.
 
 
 @pytest.mark.parametrize("url", ["relay.db", "mysql://a/b", "sqlite://relay.db"])
@@ -346,34 +310,35 @@ async def test_an_unknown_kind_of_database_is_refused(url: str):
         await open_database(url)
 
 
-async def test_migrations_are_applied_once(tmp_path: Path):
-    async with opened(tmp_path / "relay.db") as store:
-        assert await migrate(store.database, now=NOW) != []
-        assert await migrate(store.database, now=NOW) == []
+async def test_migrations_are_applied_once(empty_database_url: str):
+    async with opened(empty_database_url) as store:
+        missing = await pending(store.database)
+        assert missing != []
+        assert await migrate(store.database, now=NOW) == missing
+        assert await migrate(store.database, now=NOW) == await pending(store.database) == []
+
+
+async def test_relays_that_begin_at_once_on_one_postgresql_migrate_it_once(cluster: Cluster):
+    url = cluster.database(template=None)
+    async with AsyncExitStack() as stack:
+        stores = [await stack.enter_async_context(opened(url)) for _ in range(3)]
+        applied = await asyncio.gather(*(migrate(store.database, now=NOW) for store in stores))
+        assert sorted(map(bool, applied)) == [False, False, True]
+    cluster.drop(url)
 
 
 async def test_a_database_that_is_newer_than_the_program_is_refused(store: Store):
     async with store.database.write() as tx:
         await tx.execute("INSERT INTO migrations (version, name, applied_at) VALUES (9999, 'future', 1)")
-    with pytest.raises(ConfigError, match="newer Relay"):
-        await migrate(store.database, now=NOW)
+    for refused in (migrate(store.database, now=NOW), pending(store.database)):
+        with pytest.raises(ConfigError, match="newer Relay"):
+            await refused
 
 
-async def test_commits_are_durable_and_readers_do_not_wait(store: Store):
+async def test_readers_neither_wait_for_a_writer_nor_see_what_it_has_not_committed(store: Store):
     async with store.database.write() as tx:
-        [journal], [synchronous], [keys] = [
-            await tx.fetch(f"PRAGMA {name}") for name in ("journal_mode", "synchronous", "foreign_keys")
-        ]
-        assert (journal[0], synchronous[0], keys[0]) == ("wal", 2, 1)
         await tx.execute("DELETE FROM tenants")
         assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
-
-
-@pytest.mark.parametrize("browse", [True, False])
-async def test_nothing_is_written_while_reading(store: Store, browse: bool):
-    with pytest.raises(StoreError):
-        async with store.database.read(browse=browse) as tx:
-            await tx.execute("DELETE FROM tenants")
 
 
 @pytest.mark.parametrize("browse", [True, False])
@@ -399,22 +364,6 @@ async def test_what_raises_inside_a_transaction_undoes_all_of_it(store: Store):
     assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
 
 
-async def test_a_writer_that_is_canceled_while_it_begins_does_not_stop_the_next_one(
-    store: Store, tmp_path: Path
-):
-    other = sqlite3.connect(tmp_path / "relay.db", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    writer = asyncio.create_task(store.database.probe())
-    for _ in range(3):  # until it waits for the other one's lock
-        await asyncio.sleep(0)
-    writer.cancel()
-    other.execute("COMMIT")
-    other.close()
-    await asyncio.gather(writer, return_exceptions=True)
-    await store.tenants.found("after", "s", now=NOW)
-    assert await store.tenants.signing_secret("after") == "s"
-
-
 async def test_a_writer_that_is_canceled_in_the_middle_leaves_nothing(store: Store):
     inside = asyncio.Event()
 
@@ -432,13 +381,35 @@ async def test_a_writer_that_is_canceled_in_the_middle_leaves_nothing(store: Sto
     assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
 
 
-async def test_probe_fails_on_a_closed_database(tmp_path: Path):
-    async with opened(tmp_path / "relay.db") as store:
-        await migrate(store.database, now=NOW)
+async def test_what_was_written_is_there_when_the_database_is_opened_again(database_url: str):
+    async with prepared(database_url) as store:
+        made = await watched(store)
+    async with opened(database_url) as store:
+        assert await the(store, made) == made
+
+
+async def test_probe_fails_on_a_closed_database(database_url: str):
+    async with prepared(database_url) as store:
         await store.database.probe()
     with pytest.raises(StoreError) as refusal:
         await store.database.probe()
     assert refusal.value.general
+
+
+async def test_how_many_rows_were_changed_is_said(store: Store):
+    async with store.database.write() as tx:
+        assert await tx.execute("UPDATE tenants SET signing_secret = 's' WHERE id = 'nobody'") == 0
+        assert await tx.execute("UPDATE tenants SET signing_secret = 's' WHERE id = :id", id=TENANT) == 1
+        assert await tx.execute("DELETE FROM tenants") == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 9, 1000])
+async def test_a_list_of_any_length_is_looked_up(store: Store, count: int):
+    [made, *others] = [await watched(store, None) for _ in range(3)]
+    ids = [made.id, *(f"gen_{n}" for n in range(count))][:count]
+    assert await store.generations.get_many(ids) == ([made] if count else [])
+    everybody = {one.id for one in await store.generations.get_many([one.id for one in (made, *others)])}
+    assert everybody == {made.id, *(one.id for one in others)}
 
 
 @pytest.mark.parametrize("changes", [{"id": "ep_1"}, {"url": None}, {"description": "\ud800"}])
@@ -448,18 +419,6 @@ async def test_what_is_wrong_with_one_row_is_no_general_failure(store: Store, ch
         await insert(store, "endpoints", **{"id": "ep_2", **changes})
     assert not refusal.value.general
     await insert(store, "endpoints", id="ep_3")
-
-
-async def test_a_full_disk_is_a_general_failure_that_passes(store: Store):
-    async with store.database.write() as tx:
-        [[pages]] = await tx.fetch("PRAGMA page_count")
-        await tx.fetch(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(StoreError) as refusal:
-        await insert(store, "endpoints", description="x" * 100_000)
-    assert refusal.value.general
-    async with store.database.write() as tx:
-        await tx.fetch("PRAGMA max_page_count = 1000000")
-    await insert(store, "endpoints", description="x" * 100_000)
 
 
 # Tenants and keys.
@@ -544,24 +503,24 @@ async def test_a_rotated_secret_leaves_the_one_before_it_valid_for_a_while_and_n
 
 
 async def test_disabling_leaves_what_is_on_its_way_to_others_and_what_has_ended(store: Store):
-    one = await pending(store)
+    one = await claimed_delivery(store)
     await store.deliveries.settle([settlement(one)], now=NOW)
     other = await registered(store)
     await announced(store, await watched(store, "job-2", callback_url="https://callback.test/"))
     assert one.endpoint_id is not None
     await store.endpoints.disable("another tenant", other.id, reason="why", now=NOW)
     await store.endpoints.disable(TENANT, one.endpoint_id, reason="why", now=NOW)
-    found = await rows(store, "SELECT endpoint_id, status FROM deliveries ORDER BY status, endpoint_id")
+    found = await rows(store, "SELECT destination, status FROM deliveries ORDER BY status, destination")
     assert found == [
-        {"endpoint_id": one.endpoint_id, "status": "canceled"},
-        {"endpoint_id": one.endpoint_id, "status": "delivered"},
-        {"endpoint_id": None, "status": "pending"},
-        {"endpoint_id": other.id, "status": "pending"},
+        {"destination": one.endpoint_id, "status": "canceled"},
+        {"destination": one.endpoint_id, "status": "delivered"},
+        {"destination": "callback:callback.test", "status": "pending"},
+        {"destination": other.id, "status": "pending"},
     ]
 
 
 async def test_disabling_cancels_what_is_on_its_way_and_enabling_does_not_bring_it_back(store: Store):
-    one = await pending(store)
+    one = await claimed_delivery(store)
     assert one.endpoint_id is not None
     await store.endpoints.disable(TENANT, one.endpoint_id, reason="why", now=NOW)
     disabled = await store.endpoints.get(TENANT, one.endpoint_id)
@@ -577,7 +536,7 @@ async def test_disabling_cancels_what_is_on_its_way_and_enabling_does_not_bring_
 
 
 async def test_a_deleted_endpoint_is_gone_with_its_secrets_and_its_history_is_readable(store: Store):
-    one = await pending(store)
+    one = await claimed_delivery(store)
     assert one.endpoint_id is not None
     await store.endpoints.delete("another tenant", one.endpoint_id, now=NOW)
     assert await store.endpoints.get(TENANT, one.endpoint_id) is not None
@@ -1096,6 +1055,17 @@ async def test_a_test_event_goes_to_its_endpoint_only(store: Store):
     assert (list(nothing), waiting.status if waiting else None) == ([], Status.PENDING)
 
 
+async def test_what_relay_itself_has_to_say_goes_to_those_of_the_tenant_that_want_it(store: Store):
+    wants = await registered(store, event_types=["endpoint.disabled"])
+    await registered(store)
+    await registered(store, event_types=["endpoint.disabled"], tenant="another tenant")
+    made = event.disabled(TENANT, "ep_ill", "https://ill.test/", "why", now=NOW)
+    [claimed] = await store.events.announce([made], taking(9), now=NOW)
+    assert (claimed.endpoint_id, claimed.event_id, claimed.body) == (wants.id, made.id, made.body)
+    assert await store.events.page(TENANT, {}, limit=9, cursor=None) == [made]
+    assert await store.events.announce([], taking(9), now=NOW) == []
+
+
 # Published events.
 
 
@@ -1264,7 +1234,7 @@ async def test_a_claimed_delivery_signs_with_the_old_secret_only_while_it_is_val
 
 
 async def test_settling_logs_the_attempt_and_moves_the_delivery(store: Store):
-    one = await pending(store)
+    one = await claimed_delivery(store)
     retry = Answer(NOW, 7, 500, "oops", Code.HTTP_STATUS, "the endpoint answered 500")
     await store.deliveries.settle([settlement(one, Status.PENDING, answer=retry)], now=NOW + 1)
     after = await store.deliveries.get(TENANT, one.id)
@@ -1296,7 +1266,7 @@ async def test_postponed_deliveries_are_due_each_at_its_time_and_only_by_their_l
 
 
 async def test_settling_with_a_stale_lease_changes_nothing(store: Store):
-    stale = await pending(store)
+    stale = await claimed_delivery(store)
     [held] = await claimed_deliveries(store, now=NOW + 45 * SECOND, lease="2")
     before = await rows(store, "SELECT * FROM deliveries")
     await store.deliveries.settle([settlement(stale)], now=NOW + 46 * SECOND)
@@ -1313,7 +1283,7 @@ async def test_settling_with_a_stale_lease_changes_nothing(store: Store):
 async def test_an_attempt_in_flight_when_its_delivery_is_canceled_is_logged_and_it_stays_canceled(
     store: Store,
 ):
-    one = await pending(store)
+    one = await claimed_delivery(store)
     assert one.endpoint_id is not None
     await store.endpoints.disable(TENANT, one.endpoint_id, reason="why", now=NOW)
     await store.deliveries.settle([settlement(one, Status.PENDING)], now=NOW)
@@ -1324,7 +1294,7 @@ async def test_an_attempt_in_flight_when_its_delivery_is_canceled_is_logged_and_
 
 
 async def test_gone_disables_the_endpoint_and_cancels_its_other_deliveries_in_the_same_write(store: Store):
-    one, other = await pending(store), await registered(store)
+    one, other = await claimed_delivery(store), await registered(store)
     await announced(store, await watched(store, "job-2"))
     gone = settlement(one, Status.FAILED, disable_endpoint=one.endpoint_id)
     for _ in range(2):
@@ -1342,14 +1312,14 @@ async def test_gone_disables_the_endpoint_and_cancels_its_other_deliveries_in_th
 
 
 async def test_releasing_makes_a_delivery_due_without_an_attempt(store: Store):
-    one = await pending(store)
+    one = await claimed_delivery(store)
     await store.deliveries.release([one], now=NOW)
     [again] = await claimed_deliveries(store, lease="2")
     assert (again.id, again.attempts) == (one.id, 0)
 
 
 async def test_recover_makes_what_was_being_sent_due_and_leaves_retries_their_time(store: Store):
-    one = await pending(store)
+    one = await claimed_delivery(store)
     assert await store.deliveries.recover(now=NOW) == 1
     [again] = await claimed_deliveries(store, lease="2")
     assert again.id == one.id
@@ -1358,7 +1328,7 @@ async def test_recover_makes_what_was_being_sent_due_and_leaves_retries_their_ti
 
 
 async def test_a_replay_is_a_fresh_run_under_the_next_number(store: Store):
-    one = await pending(store)
+    one = await claimed_delivery(store)
     await store.deliveries.settle([settlement(one, Status.FAILED)], now=NOW)
     await store.deliveries.replay(TENANT, one.id, now=NOW + 1)
     [again] = await claimed_deliveries(store, now=NOW + 1, lease="2")
@@ -1372,7 +1342,7 @@ async def test_a_replay_is_a_fresh_run_under_the_next_number(store: Store):
 
 
 async def test_what_cannot_be_replayed(store: Store):
-    one = await pending(store)
+    one = await claimed_delivery(store)
     assert one.endpoint_id is not None
     with pytest.raises(NotFound):
         await store.deliveries.replay("another tenant", one.id, now=NOW)
@@ -1393,7 +1363,7 @@ async def test_what_cannot_be_replayed(store: Store):
 async def test_what_was_canceled_while_it_was_claimed_can_be_replayed_once_that_is_over(
     store: Store, how: str
 ):
-    one = await pending(store)
+    one = await claimed_delivery(store)
     assert one.endpoint_id is not None
     await store.endpoints.disable(TENANT, one.endpoint_id, reason="why", now=NOW)
     await store.endpoints.enable(TENANT, one.endpoint_id, now=NOW)
@@ -1593,211 +1563,6 @@ async def test_deliveries_are_listed_by_every_status(store: Store, status: Statu
     expected[Status.CANCELED] = others[-1].id
     found = await store.deliveries.page(TENANT, {"status": status}, limit=10, cursor=None)
     assert [(one.id, one.status) for one in found] == [(expected[status], status)]
-
-
-# No query reads more of a big table than it must.
-
-BIG = {"generations", "events", "deliveries", "attempts", "e", "d", "a", "newer"}
-
-
-class Explaining:
-    """A database that also notes the query plan of every statement."""
-
-    def __init__(self, store: Store) -> None:
-        self._database = store.database
-        self.skip_locked = store.database.skip_locked
-        self.plan: list[str] = []
-
-    @asynccontextmanager
-    async def write(self) -> AsyncIterator[Any]:
-        async with self._database.write() as self._tx:
-            yield self
-
-    @asynccontextmanager
-    async def read(self, *, browse: bool = False) -> AsyncIterator[Any]:
-        async with self._database.read(browse=browse) as self._tx:
-            yield self
-
-    async def execute(self, sql: str, **values: Any) -> int:
-        await self._explain(sql, values)
-        return await self._tx.execute(sql, **values)
-
-    async def execute_many(self, sql: str, rows: Sequence[Any]) -> None:
-        for row in rows[:1]:
-            await self._explain(sql, row)
-        await self._tx.execute_many(sql, rows)
-
-    async def fetch(self, sql: str, **values: Any) -> Any:
-        await self._explain(sql, values)
-        return await self._tx.fetch(sql, **values)
-
-    async def _explain(self, sql: str, values: Mapping[str, Any]) -> None:
-        steps = await self._tx.fetch(f"EXPLAIN QUERY PLAN {sql}", **values)
-        self.plan += [step["detail"] for step in steps]
-
-    @property
-    def reads(self) -> set[str]:
-        """How rows of big tables are found, but for those that are looked up by their id."""
-        steps = [re.sub(r" USING .*INDEX \w+", "", step) for step in self.plan]
-        return {step for step in steps if set(step.split()[:2]) & BIG and not step.endswith("(id=?)")}
-
-
-@pytest.fixture
-async def explaining(store: Store) -> Explaining:
-    """A database with some thousand rows, half of them old and done; never analyzed, as in production."""
-    await registered(store, id="ep_1")
-    number = "printf('%026d', i)"
-    due_at, known_at = "CASE WHEN i % 2 THEN 1 END", "CASE WHEN i % 2 THEN NULL ELSE 1 END"
-    tables = {
-        "generations": {"job_id": "i", "due_at": due_at, "known_at": known_at},
-        "events": {"generation_id": f"'gen_' || {number}", "source_id": "i"},
-        "deliveries": {"event_id": f"'evt_' || {number}", "due_at": due_at},
-        "attempts": {"delivery_id": f"'dlv_' || {number}"},
-    }
-    async with store.database.write() as tx:
-        for table, computed in tables.items():
-            row = {name: f":{name}" for name in ROWS[table]} | computed
-            row["id"] = f"'{ROWS[table]['id'][:4]}' || {number}"
-            if "status" in row:
-                row["status"] = "CASE WHEN i % 2 THEN :status ELSE 'failed' END"
-            values = {**ROWS[table], **({"tenant": TENANT} if "tenant" in row else {})}
-            await tx.execute(
-                f"""
-                WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000)
-                INSERT INTO {table} ({", ".join(row)}) SELECT {", ".join(row.values())} FROM n
-                """,  # noqa: S608
-                **{name: values[name] for name in values if f":{name}" in " ".join(row.values())},
-            )
-    return Explaining(store)
-
-
-CLAIM: dict[str, Any] = {"now": NOW, "lease": "lease", "lease_until": NOW + SECOND}
-PAGE: dict[str, Any] = {"limit": 5, "cursor": None}
-REMOVE: dict[str, Any] = {"before": NOW, "limit": 500}
-QUERIES: dict[str, tuple[Callable[[Store], Awaitable[object]], set[str]]] = {
-    "claim deliveries": (
-        lambda store: store.deliveries.claim({"ep_1": 9, "ep_2": 9}, **CLAIM),
-        {
-            "SEARCH deliveries (destination=? AND due_at<?)",
-            "SEARCH deliveries (destination=? AND due_at=?)",
-            "SEARCH newer (generation_id=?)",
-            "SEARCH d (destination=? AND due_at=?)",
-        },
-    ),
-    "destinations": (
-        lambda store: store.deliveries.destinations(now=NOW, after="", limit=9),
-        {
-            "SEARCH deliveries (destination>?)",
-            "SEARCH d (destination>?)",
-            "SEARCH d (destination=? AND due_at<?)",
-        },
-    ),
-    "claim generations": (
-        lambda store: store.generations.claim({"a": 9, "b": 9}, **CLAIM),
-        {"SEARCH generations (account=? AND due_at<?)", "SEARCH generations (account=? AND due_at=?)"},
-    ),
-    "claim what is overdue": (
-        lambda store: store.generations.claim_overdue({"b": 9, "c": 9}, **CLAIM),
-        {"SEARCH generations (account=? AND deadline_at<?)", "SEARCH generations (account=? AND due_at=?)"},
-    ),
-    "what ended at an account": (
-        lambda store: store.generations.ended("a", limit=9),
-        {"SEARCH generations (account=? AND known_at>?)"},
-    ),
-    "disable an endpoint": (
-        lambda store: store.endpoints.disable(TENANT, "ep_1", reason="why", now=NOW),
-        {"SEARCH deliveries (destination=? AND due_at>?)"},
-    ),
-    "what failed": (
-        lambda store: store.deliveries.page(TENANT, {"status": "failed"}, **PAGE),
-        {"SEARCH d (status=?)"},
-    ),
-    "deliveries of an event": (
-        lambda store: store.deliveries.page(TENANT, {"event_id": "evt_1"}, **PAGE),
-        {"SEARCH d (event_id=?)"},
-    ),
-    "deliveries of a generation": (
-        lambda store: store.deliveries.page(TENANT, {"generation_id": "gen_1"}, **PAGE),
-        {"SEARCH e (generation_id=?)", "SEARCH d (event_id=?)"},
-    ),
-    "deliveries of an endpoint": (
-        lambda store: store.deliveries.page(TENANT, {"endpoint_id": "ep_1"}, **PAGE),
-        {"SEARCH d (endpoint_id=?)"},
-    ),
-    "events of a generation": (
-        lambda store: store.events.page(TENANT, {"generation_id": "gen_1"}, **PAGE),
-        {"SEARCH events (generation_id=?)"},
-    ),
-    "generations of a job": (
-        lambda store: store.generations.page(TENANT, {"job_id": "1"}, **PAGE),
-        {"SEARCH generations (job_id=?)"},
-    ),
-    "prune attempts": (lambda store: store.retention.remove_attempts(**REMOVE), {"SEARCH a (id<?)"}),
-    "prune events": (
-        lambda store: store.retention.remove_events(**REMOVE),
-        {
-            "SEARCH events (id<?)",
-            "SEARCH d (event_id=?)",
-            "SEARCH deliveries (event_id=?)",
-            "SEARCH attempts (delivery_id=?)",
-        },
-    ),
-    "prune generations": (
-        lambda store: store.retention.remove_generations(**REMOVE),
-        {"SEARCH generations (id<?)", "SEARCH events (generation_id=?)"},
-    ),
-}
-
-
-@pytest.mark.parametrize("query", QUERIES)
-async def test_a_query_searches_an_index_and_never_scans_a_big_table(explaining: Explaining, query: str):
-    run, reads = QUERIES[query]
-    await run(store_on(explaining))
-    assert explaining.reads == reads
-
-
-async def test_writing_what_happened_looks_everything_up(store: Store, explaining: Explaining):
-    [one] = await store.deliveries.claim({"ep_1": 1}, **CLAIM)
-    made = await watched(store)
-    explained = store_on(explaining)
-    await explained.deliveries.settle([settlement(one, endpoint_is_well=True)], now=NOW)
-    await explained.events.record([change_of(made)], [asked(made)], taking(9), now=NOW)
-    await explained.events.publish([Publication(TENANT, [an_event()], None)], taking(9), now=NOW)
-    assert explaining.plan != []
-    # Of the foreign key, and of what an ending takes the place of.
-    assert explaining.reads <= {"SEARCH deliveries (event_id=?)", "SEARCH events (generation_id=?)"}
-
-
-async def test_the_last_ends_of_an_account_come_in_the_order_of_their_index(explaining: Explaining):
-    await store_on(explaining).generations.ended("a", limit=9)
-    assert explaining.plan == ["SEARCH generations USING INDEX generations_ended (account=? AND known_at>?)"]
-
-
-async def test_of_what_is_due_only_what_is_considered_is_sorted(explaining: Explaining):
-    await store_on(explaining).generations.claim({"a": 9}, **CLAIM)
-    waiting = explaining.plan.index("SEARCH generations USING INDEX generations_due (account=? AND due_at<?)")
-    assert explaining.plan[waiting - 1].endswith(" waiting")
-    assert explaining.plan.count("USE TEMP B-TREE FOR ORDER BY") == 1
-    assert explaining.plan.index("SCAN waiting") > waiting
-
-
-@pytest.mark.parametrize(
-    ("noun", "filters"),
-    [
-        ("generations", {}), ("generations", {"account": "a"}), ("generations", {"provider": "p"}),
-        ("generations", {"status": "failed"}), ("generations", {"since": 0}),
-        ("events", {}), ("events", {"type": "x"}), ("events", {"account": "a"}), ("events", {"since": 0}),
-        ("deliveries", {}), ("deliveries", {"status": "failed"}), ("deliveries", {"endpoint_id": "ep_1"}),
-        ("deliveries", {"event_type": "x"}), ("deliveries", {"status": "delivered"}),
-    ],
-)  # fmt: skip
-async def test_a_list_stops_at_its_limit_rather_than_sorting_everything(
-    explaining: Explaining, noun: str, filters: dict[str, Any]
-):
-    for cursor in (None, "zzz"):
-        await getattr(store_on(explaining), noun).page(TENANT, filters, limit=5, cursor=cursor)
-    assert explaining.plan != []
-    assert "USE TEMP B-TREE FOR ORDER BY" not in explaining.plan
 
 
 # Retention.

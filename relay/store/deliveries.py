@@ -166,10 +166,12 @@ class Deliveries:
         `filters`: status, endpoint_id, event_id, generation_id, event_type; since and until on the time of
         creation.
         """
+        delivered = filters.get("status") == Status.DELIVERED
         conditions, order, values = where(
             filters,
             prefix="dlv",
             columns={
+                "status": "d.status",
                 "endpoint_id": "d.endpoint_id",
                 "event_id": "d.event_id",
                 "generation_id": "e.generation_id",
@@ -177,13 +179,12 @@ class Deliveries:
             },
             id_column="d.id",
             narrow=("event_id", "generation_id"),
+            leading=("endpoint_id",) if delivered else ("status", "endpoint_id"),
             cursor=cursor,
         )
-        if "status" in filters:
+        if "status" in filters and not delivered:
             # As text, so that the index of what was not delivered can be seen to serve.
-            status = Status(filters["status"])
-            conditions += f" AND d.status = '{status}'"
-            conditions += " AND d.status <> 'delivered'" if status is not Status.DELIVERED else ""
+            conditions += " AND d.status <> 'delivered'"
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""

@@ -88,6 +88,7 @@ class Generations:
             columns={"account": "account", "provider": "provider", "job_id": "job_id", "status": "status"},
             id_column="id",
             narrow=("job_id",),
+            leading=("account", "status"),
             cursor=cursor,
         )
         async with self._db.read(browse=True) as tx:

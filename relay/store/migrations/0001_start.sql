@@ -84,14 +84,13 @@ CREATE TABLE generations (
         CHECK (due_at IS NOT NULL OR status NOT IN ('queued', 'processing')),
     CONSTRAINT ended_generations_are_known_since
         CHECK ((known_at IS NULL) = (status IN ('queued', 'processing'))),
-    CONSTRAINT a_job_is_watched_once UNIQUE (account, job_id, tenant)
+    CONSTRAINT a_job_is_watched_once UNIQUE (job_id, account, tenant)
 );
 CREATE INDEX generations_due ON generations (account, due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX generations_overdue ON generations (account, deadline_at) WHERE known_at IS NULL;
 CREATE INDEX generations_ended ON generations (account, known_at) WHERE known_at IS NOT NULL;
 CREATE INDEX generations_by_status ON generations (status, id);
 CREATE INDEX generations_of_an_account ON generations (account, id);
-CREATE INDEX generations_of_a_job ON generations (job_id);
 
 CREATE TABLE relays (
     id TEXT PRIMARY KEY,
