@@ -144,9 +144,9 @@ async def _prepare(
         log.info("database.migrated", extra={"migration": name})
     await store.tenants.found(DEFAULT, signature.new_secret(), now=now())
     if settings.admin_key is None and not await store.tenants.has_keys():
-        key = new_key()
-        await store.tenants.add_key(new_id("key", now()), DEFAULT, "admin", hash_key(key), now=now())
-        if show_key is not None:
+        key, key_id = new_key(), new_id("key", now())
+        is_first = await store.tenants.add_first_key(key_id, DEFAULT, "admin", hash_key(key), now=now())
+        if is_first and show_key is not None:
             show_key(key)
 
 

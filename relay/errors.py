@@ -14,6 +14,7 @@
     │  └─ Limited 429           too much for now: carries when to come back
     ├─ ProviderError            a provider could not be asked, or its answer could not be read
     └─ StoreError               the database did not take it: nothing was acknowledged (503)
+       └─ Collision             another relay's transaction was in the way
 
 A failed attempt is not here: it is a value (`relay.delivery.Answer`), the product's daily bread.
 """
@@ -122,3 +123,10 @@ class StoreError(RelayError):
     def __init__(self, message: str, *, general: bool = True) -> None:
         super().__init__(message)
         self.general = general
+
+
+class Collision(StoreError):
+    """A transaction was undone because of another one: begun anew, it sees what that one has done."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, general=False)

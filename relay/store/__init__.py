@@ -2,7 +2,13 @@
 
 The rules that keep the text one: `:named` parameters; CAST, never `::`; BIGINT milliseconds, TEXT ids and
 JSON, BYTEA bodies; no database's own functions; a claim is `WITH due AS (SELECT …) UPDATE … FROM due`;
-sort by NOT NULL columns; writes of the hot path are lists and idempotent.
+sort by NOT NULL columns; writes of the hot path are lists and idempotent; what is asked for its count does
+not begin with WITH.
+
+The rules that keep it right when several relays write at once: a statement sees what is committed when it
+begins, so a condition stands in the statement that writes, not in one before it; rows are locked in the
+order of their ids, kinds in this one: keys, generations, endpoints, events, deliveries, attempts. What meets
+another transaction all the same raises Collision, and is `repeated`.
 """
 
 from dataclasses import dataclass

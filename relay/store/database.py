@@ -1,11 +1,19 @@
 """What a driver offers the store: transactions over one SQL text with `:named` parameters."""
 
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar
 
+from relay.errors import Collision
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 Row = Mapping[str, Any]
+_TRIES = 3
 
 
 class Transaction(Protocol):
@@ -48,6 +56,21 @@ class Database(Protocol):
         """Raises StoreError when it would not take a write now."""
 
     async def close(self) -> None: ...
+
+
+def repeated(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """A method that is one transaction; when another one was in the way, it begins anew, twice at most."""
+
+    @wraps(method)
+    async def until_it_is_done(*args: P.args, **kwargs: P.kwargs) -> R:
+        for _ in range(_TRIES - 1):
+            try:
+                return await method(*args, **kwargs)
+            except Collision:
+                log.info("store.repeated", extra={"method": method.__qualname__})
+        return await method(*args, **kwargs)
+
+    return until_it_is_done
 
 
 def expand(sql: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -3,17 +3,19 @@
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from relay import event
 from relay.delivery import Claimed, Settlement, Status, Trigger
 from relay.errors import Conflict, NotFound
 from relay.ids import new_id
-from relay.store.database import Database, Row, Transaction
-from relay.store.endpoints import disable
+from relay.store.database import Database, Row, Transaction, repeated
+from relay.store.endpoints import cancel_open, disable
 from relay.store.events import Handoff, fan_out, insert, listed
 from relay.store.filters import where
 
+_NOTHING_HANDED_OVER = Handoff("", 0, takes=lambda destination, size: False)
 FAILING_LONG = 5 * 86_400_000
 # A canceled delivery may still be in flight for so long.
 LONGEST_ATTEMPT = 60_000
@@ -68,7 +70,8 @@ class Deliveries:
         self, wanted: Mapping[str, int], *, now: int, lease: str, lease_until: int, most_bytes: int = 2**62
     ) -> Sequence[Claimed]:
         """Takes what is due, up to so many of each destination and about so many bytes in all; a crash gives
-        it back at `lease_until`. What a newer event has taken the place of is canceled instead."""
+        it back at `lease_until`. What a newer event has taken the place of is canceled instead, and what
+        was added for an endpoint just when that was disabled."""
         rows = [
             {"destination": one, "limit": limit, "now": now, "lease": lease, "lease_until": lease_until}
             for one, limit in wanted.items()
@@ -77,7 +80,7 @@ class Deliveries:
             return []
         async with self._db.write() as tx:
             await tx.execute_many(_CLAIM.format(skip_locked=self._db.skip_locked), rows)
-            await tx.execute_many(_CANCEL_OUTDATED, rows)
+            await tx.execute_many(_CANCEL_CLAIMED, rows)
             sizes = await tx.fetch(_SIZES, destinations=list(wanted), lease=lease, lease_until=lease_until)
             total, surplus = 0, []
             for row in sizes:
@@ -91,6 +94,7 @@ class Deliveries:
             )
         return [_claimed(row, now) for row in found]
 
+    @repeated
     async def settle(self, settlements: Sequence[Settlement], *, now: int) -> set[str]:
         """Logs attempts and moves their deliveries, each only while its lease is held.
 
@@ -98,33 +102,32 @@ class Deliveries:
         that were given up.
         """
         gone = {one.disable_endpoint for one in settlements if one.disable_endpoint}
-        rows = [_settlement(one, now) for one in settlements]
+        rows = [_settlement(one, now) for one in sorted(settlements, key=attrgetter("delivery_id"))]
         async with self._db.write() as tx:
-            await tx.execute_many(_LOG, rows)
-            await tx.execute_many(_SETTLE, rows)
             await _note_health(tx, settlements, now)
-            if gone:
-                await _give_up(tx, gone, "it answered 410 Gone", now=now)
-            dead = await _long_failing(tx, settlements, now)
-            if dead:
-                await _give_up(tx, dead, "every attempt failed for 5 days", now=now)
+            dead = await _long_failing(tx, settlements, now) - gone
+            ended = [
+                *(await _give_up(tx, gone, "it answered 410 Gone", now=now)),
+                *(await _give_up(tx, dead, "every attempt failed for 5 days", now=now)),
+            ]
+            await tx.execute_many(_SETTLE, rows)
+            await tx.execute_many(_LOG, rows)
+            if gone or dead:
+                await cancel_open(tx, [*gone, *dead], now=now)
+                await insert(tx, ended)
+                await fan_out(tx, ended, _NOTHING_HANDED_OVER, now=now)
         return gone | dead
 
     async def release(self, deliveries: Sequence[Claimed], *, now: int) -> None:
         """Makes claimed deliveries due again, unattempted."""
-        async with self._db.write() as tx:
-            await tx.execute_many(
-                _RELEASE,
-                [{"id": one.id, "lease": one.lease, "now": now} for one in deliveries],
-            )
+        await self.postpone([(one, now) for one in deliveries])
 
+    @repeated
     async def postpone(self, postponed: Sequence[tuple[Claimed, int]]) -> None:
         """Makes claimed deliveries due again at the times beside them, unattempted."""
+        rows = [{"id": one.id, "lease": one.lease, "now": due_at} for one, due_at in postponed]
         async with self._db.write() as tx:
-            await tx.execute_many(
-                _RELEASE,
-                [{"id": one.id, "lease": one.lease, "now": due_at} for one, due_at in postponed],
-            )
+            await tx.execute_many(_RELEASE, sorted(rows, key=itemgetter("id")))
 
     async def recover(self, destinations: Collection[str] | None = None, *, now: int) -> int:
         """Makes due now what was being sent to these destinations, or to any, without waiting for its leases;
@@ -203,38 +206,15 @@ class Deliveries:
         Raises NotFound, or Conflict when it is not finished or its endpoint takes nothing now.
         """
         async with self._db.write() as tx:
-            rows = await tx.fetch(
-                """
-                SELECT d.destination, d.status, d.lease, d.updated_at, p.id AS endpoint_id, p.disabled_at,
-                    p.deleted_at
-                FROM deliveries d LEFT JOIN endpoints p ON p.id = d.endpoint_id
-                WHERE d.id = :id AND d.tenant = :tenant
-                """,
-                id=delivery_id,
-                tenant=tenant,
+            replayed = await tx.execute(
+                _REPLAY, id=delivery_id, tenant=tenant, now=now, over=now - LONGEST_ATTEMPT
             )
-            if not rows:
-                raise NotFound(f"no delivery {delivery_id}")
-            row = rows[0]
-            if row["status"] in (Status.PENDING, Status.SENDING):
-                raise Conflict(f"this delivery is still {row['status']}: only a finished one can be replayed")
-            if row["lease"] is not None and now < row["updated_at"] + LONGEST_ATTEMPT:
-                raise Conflict("an attempt is still under way: try again when it has ended")
-            if row["deleted_at"] is not None:
-                raise Conflict("its endpoint has been deleted")
-            if row["disabled_at"] is not None:
-                raise Conflict(f"its endpoint {row['endpoint_id']} is disabled: enable it first")
-            await tx.execute(
-                """
-                UPDATE deliveries
-                SET status = 'pending', due_at = :now, lease = NULL, run_attempts = 0,
-                    next_trigger = 'replay', updated_at = :now
-                WHERE id = :id
-                """,
-                id=delivery_id,
-                now=now,
-            )
-        return str(row["destination"])
+            rows = await tx.fetch(_REPLAYED, id=delivery_id, tenant=tenant)
+        if not rows:
+            raise NotFound(f"no delivery {delivery_id}")
+        if not replayed:
+            raise _refusal(rows[0], now=now)
+        return str(rows[0]["destination"])
 
 
 # From one destination to the next by the index: the rows between are not read.
@@ -264,15 +244,19 @@ _CLAIM = """
     UPDATE deliveries SET status = 'sending', due_at = :lease_until, lease = :lease
     FROM due WHERE deliveries.id = due.id
 """
-# A delivery that was in somebody's hands when the newer event was recorded, and was given back.
-_CANCEL_OUTDATED = f"""
+# A delivery that was in somebody's hands when the newer event was recorded, and was given back; or that
+# was being added, by who still saw its endpoint enabled, while that was disabled.
+_CANCEL_CLAIMED = f"""
     UPDATE deliveries SET status = 'canceled', due_at = NULL, lease = NULL, updated_at = :now
     WHERE destination = :destination AND due_at = :lease_until AND lease = :lease
-        AND next_trigger = 'scheduled' AND EXISTS (
-            SELECT 1 FROM events e JOIN events newer ON newer.generation_id = e.generation_id
-            WHERE e.id = deliveries.event_id AND e.type IN ({listed(event.FLEETING)}) AND (
-                newer.type IN ({listed(event.ENDINGS.values())})
-                OR (newer.type IN ({listed(event.FLEETING)}) AND newer.created_at > e.created_at)
+        AND (
+            (SELECT disabled_at FROM endpoints WHERE id = :destination) IS NOT NULL
+            OR next_trigger = 'scheduled' AND EXISTS (
+                SELECT 1 FROM events e JOIN events newer ON newer.generation_id = e.generation_id
+                WHERE e.id = deliveries.event_id AND e.type IN ({listed(event.FLEETING)}) AND (
+                    newer.type IN ({listed(event.ENDINGS.values())})
+                    OR (newer.type IN ({listed(event.FLEETING)}) AND newer.created_at > e.created_at)
+                )
             )
         )
 """
@@ -301,6 +285,8 @@ _LOAD_CLAIMED = """
     JOIN tenants t ON t.id = d.tenant
     LEFT JOIN endpoints p ON p.id = d.endpoint_id
     WHERE d.destination IN (:destinations) AND d.due_at = :lease_until AND d.lease = :lease
+        -- deleted since the statement before: what has no secret any more cannot be signed
+        AND p.deleted_at IS NULL
     ORDER BY d.id
 """
 _SELECT = """
@@ -310,15 +296,19 @@ _SELECT = """
     JOIN events e ON e.id = d.event_id
     LEFT JOIN endpoints p ON p.id = d.endpoint_id
 """
-_LOG = """
-    INSERT INTO attempts (
-        delivery_id, number, id, started_at, duration_ms, reason, response_status, response_body,
-        error_code, error_message
-    )
-    SELECT :delivery_id, :number, :attempt_id, :started_at, :duration_ms, :reason, :response_status,
-        :response_body, :error_code, :error_message
-    FROM deliveries WHERE id = :delivery_id AND lease = :lease
-    ON CONFLICT DO NOTHING
+_REPLAY = """
+    UPDATE deliveries
+    SET status = 'pending', due_at = :now, lease = NULL, run_attempts = 0,
+        next_trigger = 'replay', updated_at = :now
+    WHERE id = :id AND tenant = :tenant AND due_at IS NULL AND (lease IS NULL OR updated_at <= :over)
+        AND NOT EXISTS (
+            SELECT 1 FROM endpoints p WHERE p.id = deliveries.endpoint_id AND p.disabled_at IS NOT NULL
+        )
+"""
+_REPLAYED = """
+    SELECT d.destination, d.status, d.lease, d.updated_at, p.disabled_at, p.deleted_at
+    FROM deliveries d LEFT JOIN endpoints p ON p.id = d.endpoint_id
+    WHERE d.id = :id AND d.tenant = :tenant
 """
 _SETTLE = """
     UPDATE deliveries
@@ -328,6 +318,31 @@ _SETTLE = """
         updated_at = :now
     WHERE id = :delivery_id AND lease = :lease
 """
+# Of what has just been settled: its lease was held until then.
+_LOG = """
+    INSERT INTO attempts (
+        delivery_id, number, id, started_at, duration_ms, reason, response_status, response_body,
+        error_code, error_message
+    )
+    SELECT :delivery_id, :number, :attempt_id, :started_at, :duration_ms, :reason, :response_status,
+        :response_body, :error_code, :error_message
+    FROM deliveries
+    WHERE id = :delivery_id AND lease IS NULL AND attempts = :number AND updated_at = :now
+    ON CONFLICT DO NOTHING
+"""
+
+
+def _refusal(row: Row, *, now: int) -> Conflict:
+    """Why a delivery was not replayed."""
+    if row["status"] in (Status.PENDING, Status.SENDING):
+        return Conflict(f"this delivery is still {row['status']}: only a finished one can be replayed")
+    if row["lease"] is not None and now < row["updated_at"] + LONGEST_ATTEMPT:
+        return Conflict("an attempt is still under way: try again when it has ended")
+    if row["deleted_at"] is not None:
+        return Conflict("its endpoint has been deleted")
+    if row["disabled_at"] is not None:
+        return Conflict(f"its endpoint {row['destination']} is disabled: enable it first")
+    return Conflict("it has just changed: try again")
 
 
 async def _note_health(tx: Transaction, settlements: Sequence[Settlement], now: int) -> None:
@@ -335,13 +350,14 @@ async def _note_health(tx: Transaction, settlements: Sequence[Settlement], now: 
     news = {
         one.endpoint_id: one for one in settlements if one.endpoint_id and one.endpoint_is_well is not None
     }
+    # One success is enough, also when a failure came after it in the same write.
+    well = {one.endpoint_id for one in settlements if one.endpoint_id and one.endpoint_is_well}
     await tx.execute_many(
         """
         UPDATE endpoints SET failing_since = NULL, failing_event = NULL
         WHERE id = :id AND failing_since IS NOT NULL
         """,
-        # One success is enough, also when a failure came after it in the same write.
-        [{"id": one.endpoint_id} for one in settlements if one.endpoint_id and one.endpoint_is_well],
+        [{"id": name} for name in sorted(well)],
     )
     await tx.execute_many(
         """
@@ -350,7 +366,7 @@ async def _note_health(tx: Transaction, settlements: Sequence[Settlement], now: 
         """,
         [
             {"id": name, "now": now, "event_id": one.event_id}
-            for name, one in news.items()
+            for name, one in sorted(news.items())
             if not one.endpoint_is_well
         ],
     )
@@ -374,16 +390,15 @@ async def _long_failing(tx: Transaction, settlements: Sequence[Settlement], now:
     return {name for name, event_id in failed if name and first.get(name, event_id) != event_id}
 
 
-async def _give_up(tx: Transaction, endpoint_ids: Iterable[str], reason: str, *, now: int) -> None:
-    """Disables endpoints, and announces that to those of the same tenant that want to hear it."""
-    names = sorted(endpoint_ids)
-    rows = await tx.fetch(
-        "SELECT id, tenant, url FROM endpoints WHERE id IN (:ids) AND disabled_at IS NULL", ids=names
-    )
-    await disable(tx, [row["id"] for row in rows], reason=reason, now=now)
-    events = [event.disabled(row["tenant"], row["id"], row["url"], reason, now=now) for row in rows]
-    await insert(tx, events)
-    await fan_out(tx, events, Handoff("", 0, takes=lambda destination, size: False), now=now)
+async def _give_up(
+    tx: Transaction, endpoint_ids: Iterable[str], reason: str, *, now: int
+) -> Sequence[event.Event]:
+    """Disables endpoints; what is to be announced of it, to those of the same tenant that want to hear it."""
+    names = await disable(tx, endpoint_ids, reason=reason, now=now)
+    if not names:
+        return []
+    rows = await tx.fetch("SELECT id, tenant, url FROM endpoints WHERE id IN (:ids)", ids=names)
+    return [event.disabled(row["tenant"], row["id"], row["url"], reason, now=now) for row in rows]
 
 
 def _settlement(one: Settlement, now: int) -> dict[str, Any]:

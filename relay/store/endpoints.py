@@ -1,15 +1,15 @@
 """Endpoints at rest."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
 from relay.endpoint import Endpoint
-from relay.store.database import Database, Row, Transaction
+from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.filters import where
-from relay.store.idempotency import Idempotency, created_before, remember
+from relay.store.idempotency import Idempotency, reserve
 
 _CHANGEABLE = ("url", "description", "event_types", "accounts", "headers", "rate_limit", "metadata")
 _JSON = ("event_types", "accounts", "headers", "metadata")
@@ -21,10 +21,13 @@ class Endpoints:
     def __init__(self, database: Database) -> None:
         self._db = database
 
+    @repeated
     async def create(self, endpoint: Endpoint, idempotency: Idempotency | None) -> Endpoint | None:
         """The new endpoint, or the one that the key created before; None when that one is gone."""
         async with self._db.write() as tx:
-            before = await created_before(tx, endpoint.tenant, idempotency)
+            before = await reserve(
+                tx, endpoint.tenant, idempotency, resource_id=endpoint.id, status=201, now=endpoint.created_at
+            )
             if before is not None:
                 return await _get(tx, endpoint.tenant, before[0])
             await tx.execute(
@@ -40,9 +43,6 @@ class Endpoints:
                 )
                 """,
                 **_values(endpoint),
-            )
-            await remember(
-                tx, endpoint.tenant, idempotency, resource_id=endpoint.id, status=201, now=endpoint.created_at
             )
         return endpoint
 
@@ -118,49 +118,62 @@ class Endpoints:
                 now=now,
             )
 
+    @repeated
     async def disable(self, tenant: str, endpoint_id: str, *, reason: str, now: int) -> None:
         """Its open deliveries become canceled, and may be replayed once it is enabled again."""
         async with self._db.write() as tx:
             if await _get(tx, tenant, endpoint_id) is not None:
                 await disable(tx, [endpoint_id], reason=reason, now=now)
+                await cancel_open(tx, [endpoint_id], now=now)
 
+    @repeated
     async def delete(self, tenant: str, endpoint_id: str, *, now: int) -> None:
         """Its history stays readable; its secrets are gone."""
         async with self._db.write() as tx:
-            if await _get(tx, tenant, endpoint_id) is None:
-                return
-            await disable(tx, [endpoint_id], reason="deleted", now=now)
-            await tx.execute(
+            deleted = await tx.execute(
                 """
                 UPDATE endpoints
                 SET deleted_at = :now, secret = '', headers = '{}',
-                    previous_secret = NULL, previous_secret_expires_at = NULL
-                WHERE id = :id
+                    previous_secret = NULL, previous_secret_expires_at = NULL,
+                    disabled_at = COALESCE(disabled_at, :now),
+                    disabled_reason = COALESCE(disabled_reason, 'deleted'), updated_at = :now
+                WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
                 """,
                 id=endpoint_id,
+                tenant=tenant,
                 now=now,
             )
+            if deleted:
+                await cancel_open(tx, [endpoint_id], now=now)
 
 
-async def disable(tx: Transaction, endpoint_ids: Sequence[str], *, reason: str, now: int) -> None:
-    """Disables endpoints and cancels what is on its way to them.
+async def disable(tx: Transaction, endpoint_ids: Iterable[str], *, reason: str, now: int) -> Sequence[str]:
+    """Disables endpoints; those that were not before. What is on its way to them is for `cancel_open`."""
+    return [
+        endpoint_id
+        for endpoint_id in sorted(endpoint_ids)
+        if await tx.execute(_DISABLE, id=endpoint_id, reason=reason, now=now)
+    ]
+
+
+async def cancel_open(tx: Transaction, endpoint_ids: Iterable[str], *, now: int) -> None:
+    """Cancels what is on its way to endpoints; what another transaction is just adding, its claim cancels.
 
     A canceled delivery keeps its lease, so that an attempt in flight can still log its outcome.
     """
     await tx.execute_many(
         """
-        UPDATE endpoints SET disabled_at = :now, disabled_reason = :reason, updated_at = :now
-        WHERE id = :id AND disabled_at IS NULL
-        """,
-        [{"id": endpoint_id, "reason": reason, "now": now} for endpoint_id in endpoint_ids],
-    )
-    await tx.execute_many(
-        """
         UPDATE deliveries SET status = 'canceled', due_at = NULL, updated_at = :now
         WHERE destination = :id AND due_at IS NOT NULL
         """,
-        [{"id": endpoint_id, "now": now} for endpoint_id in endpoint_ids],
+        [{"id": endpoint_id, "now": now} for endpoint_id in sorted(endpoint_ids)],
     )
+
+
+_DISABLE = """
+    UPDATE endpoints SET disabled_at = :now, disabled_reason = :reason, updated_at = :now
+    WHERE id = :id AND disabled_at IS NULL
+"""
 
 
 async def _get(tx: Transaction, tenant: str, endpoint_id: str) -> Endpoint | None:

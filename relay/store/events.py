@@ -2,20 +2,21 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from relay.delivery import Claimed, Status, Trigger, destination
 from relay.endpoint import Endpoint
-from relay.errors import Conflict, Refused
+from relay.errors import Collision, Conflict, Refused
 from relay.event import ENDINGS, FLEETING, PROGRESS, Event
 from relay.generation import FINAL, Generation
 from relay.ids import new_id
 from relay.schedule import CALLED, Asked
-from relay.store.database import Database, Row, Transaction
+from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.endpoints import read_endpoint
 from relay.store.filters import where
 from relay.store.generations import write_update
-from relay.store.idempotency import Idempotency, created_before, remember
+from relay.store.idempotency import Idempotency, correct, reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +52,35 @@ class Events:
     def __init__(self, database: Database) -> None:
         self._db = database
 
+    @repeated
     async def record(
         self, changes: Sequence[Change], asked: Sequence[Asked], handoff: Handoff, *, now: int
     ) -> tuple[Sequence[Event], Sequence[Claimed]]:
         """Moves generations, announces what is new, fans the events out, and reschedules what was asked.
 
         Returns the events that are new and the deliveries that are handed over. A change whose generation
-        has moved since it was read (`version`) changes nothing and announces nothing. Fleeting events that
-        no endpoint wants are left out; those that are pending are canceled by newer ones and by the ending.
+        has moved since it was read (`version`) changes nothing and announces nothing, and what was asked for
+        it is asked again. Fleeting events that no endpoint wants are left out; those that are pending are
+        canceled by newer ones and by the ending.
         """
         async with self._db.write() as tx:
-            changes = await _heard(tx, changes)
+            changes = await _heard(tx, sorted(changes, key=lambda one: one.after.id))
             await tx.execute_many(_MOVE, [_move(change) for change in changes])
-            await tx.execute_many(_ASKED, [{**asdict(one), "called": CALLED} for one in asked])
-            fresh = await self._insert(tx, changes)
+            marks = {one.after.id: _mark(one) for one in changes}
+            await tx.execute_many(
+                _ASKED,
+                [
+                    {**asdict(one), "called": CALLED, "mark": marks.get(one.generation_id)}
+                    for one in sorted(asked, key=attrgetter("generation_id"))
+                ],
+            )
+            fresh = await _announce(tx, changes)
             await _cancel_older(tx, fresh, now=now)
             callbacks = {one.after.id: one.after.callback_url for one in changes if one.after.ended}
             claimed = await fan_out(tx, fresh, handoff, callbacks=callbacks, now=now)
         return fresh, claimed
 
+    @repeated
     async def publish(
         self, publications: Sequence[Publication], handoff: Handoff, *, now: int
     ) -> tuple[Sequence[Sequence[Event] | Refused], Sequence[Claimed]]:
@@ -79,21 +90,19 @@ class Events:
         have been there before, or why it is refused; and the deliveries that are handed over.
         """
         async with self._db.write() as tx:
-            plain = [event for one in publications if one.idempotency is None for event in one.events]
-            stored, claimed = await self._publish(tx, plain, handoff, now=now)
-            kept = dict(zip((event.id for event in plain), stored, strict=True))
-            results: list[Sequence[Event] | Refused] = []
-            for one in publications:
-                if one.idempotency is None:
-                    results.append([kept[event.id] for event in one.events])
-                    continue
-                try:
-                    events, more = await self._publish_once(tx, one, one.idempotency, handoff, now=now)
-                except Refused as refusal:
-                    results.append(refusal)
-                    continue
-                results.append(events)
-                claimed = [*claimed, *more]
+            earlier = await _earlier(tx, publications, now=now)
+            fresh = [one for place, one in enumerate(publications) if place not in earlier]
+            events = [event for one in fresh for event in one.events]
+            stored, claimed = await _publish(tx, events, handoff, now=now)
+            kept = dict(zip((event.id for event in events), stored, strict=True))
+            for one in fresh:
+                await _correct(tx, one, kept)
+            results: list[Sequence[Event] | Refused] = [
+                await _again(tx, earlier[place], kept)
+                if place in earlier
+                else [kept[event.id] for event in one.events]
+                for place, one in enumerate(publications)
+            ]
         return results, claimed
 
     async def announce(self, events: Sequence[Event], handoff: Handoff, *, now: int) -> Sequence[Claimed]:
@@ -101,35 +110,6 @@ class Events:
         async with self._db.write() as tx:
             await insert(tx, events)
             return await fan_out(tx, events, handoff, now=now)
-
-    async def _publish_once(
-        self, tx: Transaction, one: Publication, idempotency: Idempotency, handoff: Handoff, *, now: int
-    ) -> tuple[Sequence[Event], Sequence[Claimed]]:
-        before = await created_before(tx, one.tenant, idempotency)
-        if before is None:
-            stored, claimed = await self._publish(tx, one.events, handoff, now=now)
-            names = " ".join(event.id for event in stored)
-            await remember(tx, one.tenant, idempotency, resource_id=names, status=201, now=now)
-            return stored, claimed
-        ids = before[0].split()
-        rows = await tx.fetch("SELECT * FROM events WHERE id IN (:ids)", ids=ids)
-        if len(rows) < len(set(ids)):
-            raise Conflict("what this Idempotency-Key created is gone")
-        found = {row["id"]: _read(row) for row in rows}
-        return [found[id_] for id_ in ids], []
-
-    async def _publish(
-        self, tx: Transaction, events: Sequence[Event], handoff: Handoff, *, now: int
-    ) -> tuple[Sequence[Event], Sequence[Claimed]]:
-        if not events:
-            return [], []
-        await tx.execute_many(_PUBLISH, [_values(event) for event in events])
-        fresh = await self._stored(tx, events)
-        claimed = await fan_out(tx, fresh, handoff, now=now)
-        known = {event.id for event in fresh}
-        named = await _named(tx, [event for event in events if event.id not in known])
-        stored = [event if event.id in known else named[event.tenant, event.source_id] for event in events]
-        return stored, claimed
 
     async def send(
         self, event: Event, endpoint: Endpoint, handoff: Handoff, *, now: int
@@ -192,20 +172,6 @@ class Events:
             )
         return [_read(row) for row in rows]
 
-    async def _insert(self, tx: Transaction, changes: Sequence[Change]) -> Sequence[Event]:
-        """Those of the events that are now stored: their generation did move, and had not been announced."""
-        events = [event for change in changes for event in change.events]
-        if not events:
-            return []
-        rows = [{**_values(event), "mark": _mark(one)} for one in changes for event in one.events]
-        await tx.execute_many(_ANNOUNCE, rows)
-        return await self._stored(tx, events)
-
-    async def _stored(self, tx: Transaction, events: Sequence[Event]) -> Sequence[Event]:
-        rows = await tx.fetch("SELECT id FROM events WHERE id IN (:ids)", ids=[event.id for event in events])
-        stored = {row["id"] for row in rows}
-        return [event for event in events if event.id in stored]
-
 
 def listed(types: Iterable[str]) -> str:
     """Event types as SQL text."""
@@ -244,6 +210,79 @@ async def fan_out(
     if any(row["callback_url"] is not None for row in rows):
         secrets = {row["id"]: row["signing_secret"] for row in await tx.fetch(_SIGNING, tenants=tenants)}
     return _claimed(rows, {event.id: event for event in events}, endpoints, secrets, handoff, now=now)
+
+
+async def _earlier(
+    tx: Transaction, publications: Sequence[Publication], *, now: int
+) -> dict[int, Sequence[str] | Refused]:
+    """The ids of what the Idempotency-Keys that were used before have published, by their places."""
+    keyed = [(place, one, one.idempotency) for place, one in enumerate(publications) if one.idempotency]
+    earlier: dict[int, Sequence[str] | Refused] = {}
+    for place, one, key in sorted(keyed, key=lambda each: (each[1].tenant, each[2].key)):
+        ids = " ".join(event.id for event in one.events)
+        try:
+            before = await reserve(tx, one.tenant, key, resource_id=ids, status=201, now=now)
+        except Refused as refusal:
+            earlier[place] = refusal
+            continue
+        if before is not None:
+            earlier[place] = before[0].split()
+    return earlier
+
+
+async def _publish(
+    tx: Transaction, events: Sequence[Event], handoff: Handoff, *, now: int
+) -> tuple[Sequence[Event], Sequence[Claimed]]:
+    """What is stored of each, by its name maybe an earlier one; and the deliveries that are handed over."""
+    if not events:
+        return [], []
+    rows = [_values(event) for event in events]
+    await tx.execute_many(_PUBLISH, sorted(rows, key=lambda row: (row["tenant"], row["source_id"] or "")))
+    fresh = await _stored(tx, events)
+    claimed = await fan_out(tx, fresh, handoff, now=now)
+    known = {event.id for event in fresh}
+    named = await _named(tx, [event for event in events if event.id not in known])
+    stored = [event if event.id in known else named[event.tenant, event.source_id] for event in events]
+    return stored, claimed
+
+
+async def _correct(tx: Transaction, one: Publication, kept: Mapping[str, Event]) -> None:
+    """What its key gives later: not the events whose names were taken, but those that have them."""
+    ids = [kept[event.id].id for event in one.events]
+    if one.idempotency is not None and ids != [event.id for event in one.events]:
+        await correct(tx, one.tenant, one.idempotency, resource_id=" ".join(ids), status=201)
+
+
+async def _again(
+    tx: Transaction, before: Sequence[str] | Refused, kept: Mapping[str, Event]
+) -> Sequence[Event] | Refused:
+    """What a key that was used before gives: maybe in this very transaction."""
+    if isinstance(before, Refused):
+        return before
+    found = dict(kept)
+    missing = sorted({id_ for id_ in before if id_ not in kept})
+    if missing:
+        rows = await tx.fetch("SELECT * FROM events WHERE id IN (:ids)", ids=missing)
+        found |= {row["id"]: _read(row) for row in rows}
+    if any(id_ not in found for id_ in before):
+        return Conflict("what this Idempotency-Key created is gone")
+    return [found[id_] for id_ in before]
+
+
+async def _announce(tx: Transaction, changes: Sequence[Change]) -> Sequence[Event]:
+    """Those of the events that are now stored: their generation did move, and had not been announced."""
+    events = [event for change in changes for event in change.events]
+    if not events:
+        return []
+    rows = [{**_values(event), "mark": _mark(one)} for one in changes for event in one.events]
+    await tx.execute_many(_ANNOUNCE, rows)
+    return await _stored(tx, events)
+
+
+async def _stored(tx: Transaction, events: Sequence[Event]) -> Sequence[Event]:
+    rows = await tx.fetch("SELECT id FROM events WHERE id IN (:ids)", ids=[event.id for event in events])
+    stored = {row["id"] for row in rows}
+    return [event for event in events if event.id in stored]
 
 
 async def _listening(tx: Transaction, tenants: Sequence[str]) -> Sequence[Endpoint]:
@@ -287,6 +326,8 @@ _ASKED = """
     UPDATE generations
     SET due_at = CASE
             WHEN due_at IS NULL THEN NULL
+            -- another move was faster, and what this ask brought was not taken
+            WHEN COALESCE(event_id, '') <> :mark THEN CAST(:at AS BIGINT)
             -- a callback came meanwhile
             WHEN hints > :hints AND (CAST(:due_at AS BIGINT) > :hinted_at) IS NOT FALSE THEN :hinted_at
             ELSE CAST(:due_at AS BIGINT)
@@ -437,7 +478,10 @@ async def _named(tx: Transaction, events: Sequence[Event]) -> Mapping[tuple[str,
         names=sorted({event.source_id or "" for event in events}),
         tenants=sorted({event.tenant for event in events}),
     )
-    return {(row["tenant"], row["source_id"]): _read(row) for row in rows}
+    named = {(row["tenant"], row["source_id"]): _read(row) for row in rows}
+    if any((event.tenant, event.source_id) not in named for event in events):
+        raise Collision("the event that had this name has just been removed")
+    return named
 
 
 def _read(row: Row) -> Event:

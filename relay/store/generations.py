@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from relay.errors import Conflict, Invalid
+from relay.errors import Collision, Conflict, Invalid
 from relay.generation import FINAL, Generation, LearnedBy, Status, Update
 from relay.hints import Turns, ask_at, hint_asks
 from relay.schedule import CALLED, Ask
-from relay.store.database import Database, Row, Transaction
+from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.filters import where
-from relay.store.idempotency import Idempotency, created_before, remember
+from relay.store.idempotency import Idempotency, correct, reserve
 
 _UPDATE = TypeAdapter(Update)
 # Of what is due in an account, so many that have been due longest are compared.
@@ -54,15 +54,17 @@ class Generations:
     def __init__(self, database: Database) -> None:
         self._db = database
 
+    @repeated
     async def create(self, wishes: Sequence[Watch]) -> Sequence[Watched]:
         """Begins to watch each job that is not yet watched; durable when it returns."""
         async with self._db.write() as tx:
-            plain = [wish.generation for wish in wishes if wish.idempotency is None]
-            made = await _create(tx, plain)
-            return [
-                made[wish.generation.id] if wish.idempotency is None else await _create_once(tx, wish)
-                for wish in wishes
-            ]
+            earlier = await _earlier(tx, wishes)
+            watched = await _create(tx, [wish for wish in wishes if wish.generation.id not in earlier])
+            for wish in wishes:
+                new = wish.generation
+                if new.id in earlier:
+                    watched[new.id] = await _again(tx, new.tenant, earlier[new.id], watched)
+        return [watched[wish.generation.id] for wish in wishes]
 
     async def get(self, tenant: str, generation_id: str) -> Generation | None:
         async with self._db.read() as tx:
@@ -126,6 +128,7 @@ class Generations:
             )
         return [_read(row) for row in reversed(rows)]
 
+    @repeated
     async def name_job(self, generation: Generation, job_id: str, *, ask: Ask | None) -> None:
         """Ties a generation to the job it watches, and says when to ask about it.
 
@@ -176,12 +179,15 @@ class Generations:
             )
         return [row["id"] for row in rows]
 
+    @repeated
     async def hint(self, hints: Sequence[Hint], *, turns: Mapping[str, Turns] = _NO_LIMITS, now: int) -> None:
         """Makes generations due as soon as their callbacks may have them asked about, `turns` being those of
         their accounts; one that is being asked about, when that ask has ended: it may have seen less than
         the callback knows."""
         async with self._db.write() as tx:
             ids = sorted({hint.generation_id for hint in hints})
+            # What is read next stays so until it is written: nobody begins or ends an ask in between.
+            await tx.execute_many(_HOLD, [{"id": id_} for id_ in ids])
             found = {row["id"]: dict(row) for row in await tx.fetch(_HINTED, ids=ids)}
             heard = []
             for hint in hints:
@@ -318,6 +324,7 @@ _CREATE = """
     ON CONFLICT (tenant, account, job_id) DO NOTHING
 """
 
+_HOLD = "UPDATE generations SET hints = hints WHERE id = :id"
 _HINTED = f"""
     SELECT id, account, job_id, due_at, asked_at, hints, lease FROM generations
     WHERE id IN (:ids) AND status NOT IN ({_FINAL})
@@ -354,39 +361,49 @@ def _values(new: Generation) -> dict[str, Any]:
     }
 
 
-async def _create(tx: Transaction, wanted: Sequence[Generation]) -> dict[str, Watched]:
+async def _earlier(tx: Transaction, wishes: Sequence[Watch]) -> dict[str, tuple[str, int] | Invalid]:
+    """What the Idempotency-Keys that were used before have created, by the id of the wish."""
+    keyed = [(wish.generation, wish.idempotency) for wish in wishes if wish.idempotency is not None]
+    earlier: dict[str, tuple[str, int] | Invalid] = {}
+    for new, key in sorted(keyed, key=lambda one: (one[0].tenant, one[1].key)):
+        try:
+            before = await reserve(tx, new.tenant, key, resource_id=new.id, status=201, now=new.created_at)
+        except Invalid as error:
+            earlier[new.id] = error
+            continue
+        if before is not None:
+            earlier[new.id] = before
+    return earlier
+
+
+async def _again(
+    tx: Transaction, tenant: str, before: tuple[str, int] | Invalid, watched: Mapping[str, Watched]
+) -> Watched:
+    """What a key that was used before gives: maybe in this very transaction."""
+    if isinstance(before, Invalid):
+        return Watched(None, created=False, error=before)
+    id_, status = before
+    return watched.get(id_) or Watched(await _get(tx, tenant, id_), created=status == 201)
+
+
+async def _create(tx: Transaction, wishes: Sequence[Watch]) -> dict[str, Watched]:
     """What became of each, by the id it was given."""
-    if not wanted:
+    if not wishes:
         return {}
-    await tx.execute_many(_CREATE, [_values(one) for one in wanted])
+    wanted = [wish.generation for wish in wishes]
+    by_job = sorted(wanted, key=lambda one: (one.tenant, one.account, one.job_id or ""))
+    await tx.execute_many(_CREATE, [_values(one) for one in by_job])
     rows = await tx.fetch("SELECT id FROM generations WHERE id IN (:ids)", ids=[one.id for one in wanted])
     created = {row["id"] for row in rows}
-    return {
-        one.id: Watched(one, created=True)
-        if one.id in created
-        else Watched(await _by_job(tx, one), created=False)
-        for one in wanted
-    }
-
-
-async def _create_once(tx: Transaction, wish: Watch) -> Watched:
-    """As `_create`, unless the wish's Idempotency-Key was used before."""
-    new = wish.generation
-    try:
-        before = await created_before(tx, new.tenant, wish.idempotency)
-    except Invalid as error:
-        return Watched(None, created=False, error=error)
-    if before is not None:
-        return Watched(await _get(tx, new.tenant, before[0]), created=before[1] == 201)
-    watched = (await _create(tx, [new]))[new.id]
-    await remember(
-        tx,
-        new.tenant,
-        wish.idempotency,
-        resource_id=watched.generation.id if watched.generation else new.id,
-        status=201 if watched.created else 200,
-        now=new.created_at,
-    )
+    watched = {one.id: Watched(one, created=True) for one in wanted if one.id in created}
+    for wish in wishes:
+        new = wish.generation
+        if new.id in created:
+            continue
+        known = await _by_job(tx, new)
+        if wish.idempotency is not None:
+            await correct(tx, new.tenant, wish.idempotency, resource_id=known.id, status=200)
+        watched[new.id] = Watched(known, created=False)
     return watched
 
 
@@ -423,6 +440,8 @@ async def _by_job(tx: Transaction, new: Generation) -> Generation:
         account=new.account,
         job_id=new.job_id,
     )
+    if not rows:
+        raise Collision("the generation that watched this job has just been deleted")
     return _read(rows[0])
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from relay.errors import FieldError, Invalid
+from relay.errors import Collision, FieldError, Invalid
 from relay.store.database import Transaction
 
 
@@ -14,9 +14,30 @@ class Idempotency:
     request_hash: str
 
 
-async def created_before(tx: Transaction, tenant: str, request: Idempotency | None) -> tuple[str, int] | None:
-    """The id and HTTP status of what this key created. Raises Invalid when the request was another one."""
+async def reserve(
+    tx: Transaction, tenant: str, request: Idempotency | None, *, resource_id: str, status: int, now: int
+) -> tuple[str, int] | None:
+    """The id and HTTP status of what this key created; None ties it to what is about to be created.
+
+    Of relays that are asked at once, one is told None, and the others wait until it is done. So a transaction
+    begins with its keys, in their order. Raises Invalid when the request was another one.
+    """
     if request is None:
+        return None
+    is_new = await tx.execute(
+        """
+        INSERT INTO idempotency_keys (tenant, key, request_hash, resource_id, status, created_at)
+        VALUES (:tenant, :key, :request_hash, :resource_id, :status, :now)
+        ON CONFLICT DO NOTHING
+        """,
+        tenant=tenant,
+        key=request.key,
+        request_hash=request.request_hash,
+        resource_id=resource_id,
+        status=status,
+        now=now,
+    )
+    if is_new:
         return None
     rows = await tx.fetch(
         """
@@ -27,26 +48,23 @@ async def created_before(tx: Transaction, tenant: str, request: Idempotency | No
         key=request.key,
     )
     if not rows:
-        return None
+        raise Collision("this Idempotency-Key has just been forgotten")
     if rows[0]["request_hash"] != request.request_hash:
         raise Invalid(FieldError("Idempotency-Key", "was used for a different request"))
     return rows[0]["resource_id"], rows[0]["status"]
 
 
-async def remember(
-    tx: Transaction, tenant: str, request: Idempotency | None, *, resource_id: str, status: int, now: int
+async def correct(
+    tx: Transaction, tenant: str, request: Idempotency, *, resource_id: str, status: int
 ) -> None:
-    """Ties the key to what was created, in the transaction that creates it."""
-    if request is not None:
-        await tx.execute(
-            """
-            INSERT INTO idempotency_keys (tenant, key, request_hash, resource_id, status, created_at)
-            VALUES (:tenant, :key, :request_hash, :resource_id, :status, :now)
-            """,
-            tenant=tenant,
-            key=request.key,
-            request_hash=request.request_hash,
-            resource_id=resource_id,
-            status=status,
-            now=now,
-        )
+    """Ties a key that `reserve` took to what was there already."""
+    await tx.execute(
+        """
+        UPDATE idempotency_keys SET resource_id = :resource_id, status = :status
+        WHERE tenant = :tenant AND key = :key
+        """,
+        tenant=tenant,
+        key=request.key,
+        resource_id=resource_id,
+        status=status,
+    )

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import asyncpg
 
-from relay.errors import ConfigError, StoreError
+from relay.errors import Collision, ConfigError, StoreError
 from relay.store.database import Row, Transaction, expand
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,10 @@ _PARTICULAR = (
     asyncpg.IntegrityConstraintViolationError,
     asyncpg.DataError,
     asyncpg.SyntaxOrAccessError,
+)
+# Whoever looks before writing meets a unique constraint only when another was faster.
+_COLLISIONS = (
+    asyncpg.UniqueViolationError,
     asyncpg.DeadlockDetectedError,
     asyncpg.SerializationError,
 )
@@ -174,6 +178,13 @@ def _numbered(sql: str, types: tuple[tuple[str, str | None], ...]) -> tuple[str,
 def _as_store_error() -> Iterator[None]:
     try:
         yield
+    except _COLLISIONS as error:
+        raise Collision(f"the database did not take it: {_said(error)}") from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
         general = not isinstance(error, _PARTICULAR)
-        raise StoreError(f"the database did not take it: {error}", general=general) from error
+        raise StoreError(f"the database did not take it: {_said(error)}", general=general) from error
+
+
+def _said(error: Exception) -> object:
+    # The details of a database's error are the row that it refused, with all that is secret in it.
+    return error.args[0] if isinstance(error, asyncpg.PostgresError) else error

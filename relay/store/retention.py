@@ -1,4 +1,7 @@
-"""What may go: only what has ended, is old enough, and is no longer on its way."""
+"""What may go: only what has ended, is old enough, and is no longer on its way.
+
+What another relay is just removing, or replaying, is left to it.
+"""
 
 from collections.abc import Sequence
 
@@ -20,9 +23,10 @@ class Retention:
         """Attempts of finished deliveries that began before `before`."""
         async with self._db.write() as tx:
             rows = await tx.fetch(
-                """
+                f"""
                 SELECT a.id FROM attempts a JOIN deliveries d ON d.id = a.delivery_id
                 WHERE a.id < :before AND d.due_at IS NULL ORDER BY a.id LIMIT :limit
+                {self._db.skip_locked}
                 """,
                 before=first_id("att", before),
                 limit=limit,
@@ -34,35 +38,44 @@ class Retention:
         """Events older than `before` with no open delivery, with their deliveries and attempts."""
         async with self._db.write() as tx:
             rows = await tx.fetch(
-                """
+                f"""
                 SELECT id FROM events WHERE id < :before AND NOT EXISTS (
                     SELECT 1 FROM deliveries d WHERE d.event_id = events.id AND d.due_at IS NOT NULL
                     LIMIT 1 OFFSET 0
-                ) ORDER BY id LIMIT :limit
+                ) ORDER BY id LIMIT :limit {self._db.skip_locked}
                 """,
                 before=first_id("evt", before),
                 limit=limit,
             )
-            gone = _keys(rows)
+            if not rows:
+                return 0
+            ended = await tx.fetch(
+                f"""
+                SELECT id FROM deliveries WHERE event_id IN (:ids) AND due_at IS NULL
+                {self._db.skip_locked}
+                """,
+                ids=[row["id"] for row in rows],
+            )
+            await tx.execute_many("DELETE FROM attempts WHERE delivery_id = :id", _keys(ended))
+            await tx.execute_many("DELETE FROM deliveries WHERE id = :id", _keys(ended))
             await tx.execute_many(
                 """
-                DELETE FROM attempts WHERE delivery_id IN (SELECT id FROM deliveries WHERE event_id = :id)
+                DELETE FROM events
+                WHERE id = :id AND NOT EXISTS (SELECT 1 FROM deliveries WHERE event_id = :id)
                 """,
-                gone,
+                _keys(rows),
             )
-            await tx.execute_many("DELETE FROM deliveries WHERE event_id = :id", gone)
-            await tx.execute_many("DELETE FROM events WHERE id = :id", gone)
-        return len(gone)
+        return len(rows)
 
     async def remove_generations(self, *, before: int, limit: int) -> int:
         """Generations that ended before `before` and have nothing left to be asked or told."""
         async with self._db.write() as tx:
             rows = await tx.fetch(
-                """
+                f"""
                 SELECT id FROM generations
                 WHERE id < :before_id AND known_at < :before AND due_at IS NULL AND NOT EXISTS (
                     SELECT 1 FROM events WHERE events.generation_id = generations.id LIMIT 1 OFFSET 0
-                ) ORDER BY id LIMIT :limit
+                ) ORDER BY id LIMIT :limit {self._db.skip_locked}
                 """,
                 before=before,
                 before_id=first_id("gen", before),
@@ -75,9 +88,9 @@ class Retention:
         """Idempotency keys that were used before `before`."""
         async with self._db.write() as tx:
             rows = await tx.fetch(
-                """
+                f"""
                 SELECT tenant, key FROM idempotency_keys WHERE created_at < :before
-                ORDER BY created_at LIMIT :limit
+                ORDER BY created_at LIMIT :limit {self._db.skip_locked}
                 """,
                 before=before,
                 limit=limit,
