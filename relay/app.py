@@ -28,6 +28,7 @@ from relay.server import Server, bind, origin
 from relay.store import Store, open_database, store_on
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
+from relay.store.tables import check_whole
 from relay.store.tenants import DEFAULT
 from relay.web import inbound, ops
 from relay.web.auth import hash_key, new_key
@@ -133,6 +134,7 @@ async def _prepare(
 ) -> None:
     for name in await migrate(store.database, now=now()):
         log.info("database.migrated", extra={"migration": name})
+    await check_whole(store.database)
     await store.tenants.found(DEFAULT, signature.new_secret(), now=now())
     if settings.admin_key is None and not await store.tenants.has_keys():
         key = new_key()

@@ -132,15 +132,7 @@ class Deliveries:
         Only for a database that no other relay uses.
         """
         async with self._db.write() as tx:
-            await tx.execute(
-                """
-                UPDATE deliveries SET lease = NULL
-                WHERE status = 'canceled' AND status <> 'delivered' AND lease IS NOT NULL
-                """
-            )
-            return await tx.execute(
-                "UPDATE deliveries SET due_at = :now WHERE status = 'sending' AND due_at > :now", now=now
-            )
+            return await recover(tx, now=now)
 
     async def get(self, tenant: str, delivery_id: str) -> Delivery | None:
         async with self._db.read() as tx:
@@ -231,6 +223,19 @@ class Deliveries:
                 id=delivery_id,
                 now=now,
             )
+
+
+async def recover(tx: Transaction, *, now: int) -> int:
+    """As `Deliveries.recover`."""
+    await tx.execute(
+        """
+        UPDATE deliveries SET lease = NULL
+        WHERE status = 'canceled' AND status <> 'delivered' AND lease IS NOT NULL
+        """
+    )
+    return await tx.execute(
+        "UPDATE deliveries SET due_at = :now WHERE status = 'sending' AND due_at > :now", now=now
+    )
 
 
 # From one destination to the next by the index: the rows between are not read.

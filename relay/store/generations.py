@@ -277,13 +277,7 @@ class Generations:
     async def recover(self, *, now: int) -> int:
         """Makes what a stopped relay was asking about due now; only for a database no other relay uses."""
         async with self._db.write() as tx:
-            return await tx.execute(
-                """
-                UPDATE generations SET due_at = :now, lease = NULL
-                WHERE lease IS NOT NULL AND due_at > :now
-                """,
-                now=now,
-            )
+            return await recover(tx, now=now)
 
     async def claim_one(self, generation_id: str, *, lease: str, lease_until: int) -> Generation | None:
         """Takes one generation whether it is due or not; None when nothing can be asked about it any more."""
@@ -301,6 +295,17 @@ class Generations:
                 return None
             rows = await tx.fetch("SELECT * FROM generations WHERE id = :id", id=generation_id)
         return _read(rows[0])
+
+
+async def recover(tx: Transaction, *, now: int) -> int:
+    """As `Generations.recover`."""
+    return await tx.execute(
+        """
+        UPDATE generations SET due_at = :now, lease = NULL
+        WHERE lease IS NOT NULL AND due_at > :now
+        """,
+        now=now,
+    )
 
 
 _CREATE = """
