@@ -27,6 +27,18 @@ class Progress:
     total: int
 
 
+@dataclass(slots=True)
+class _Meter:
+    show: Callable[[Progress], None]
+    doing: Literal["copying", "comparing"]
+    total: int
+    done: int = 0
+
+    def add(self, table: str, rows: int) -> None:
+        self.done += rows
+        self.show(Progress(self.doing, table, self.done, self.total))
+
+
 async def copy(
     source_url: str, target_url: str, *, now: Callable[[], int], show: Callable[[Progress], None]
 ) -> Mapping[str, int]:
@@ -49,7 +61,9 @@ async def copy(
                     await migrate(target, now=now())
                 return await _copy(Tables(source), Tables(target), name, now, show)
     except StoreError as error:
-        raise CopyFailed(f"{error}; what was copied stays: run it again to go on") from error
+        # What is wrong with one row is so again.
+        hint = "; what was copied stays: run it again to go on" if error.general else ""
+        raise CopyFailed(f"{error}{hint}") from error
 
 
 def database_name(url: str) -> str:
@@ -66,35 +80,34 @@ async def _copy(
         at = await target.begin(name, now=now())
     counts = await source.count()
     tables, total = list(counts), sum(counts.values())
-    done = sum((await target.count()).values())
+    meter = _Meter(show, "copying", total, sum((await target.count()).values()))
     for table in tables[tables.index(at.table) :]:
-        show(Progress("copying", table, done, total))
-        async for page in source.pages(table, at.key if table == at.table else ()):
-            at = await target.put(at, table, page)
-            done += len(page)
-            show(Progress("copying", table, done, total))
-    done = 0
+        meter.add(table, 0)
+        with _about(table):
+            async for page in source.pages(table, at.key if table == at.table else ()):
+                at = await target.put(at, table, page)
+                meter.add(table, len(page))
+    meter = _Meter(show, "comparing", total)
     for table in tables:
-        show(Progress("comparing", table, done, total))
-        before, after = await asyncio.gather(_content(source, table), _content(target, table))
+        before, after = await asyncio.gather(_content(source, table, meter), _content(target, table))
         if before != after:
             raise CopyFailed(
                 f"{table}: {before[0]} rows in --from, {after[0]} in --to"
                 f"{', which differ' if before[0] == after[0] else ''};"
                 " if a relay used --from meanwhile, begin again with an empty database"
             )
-        done += before[0]
-    show(Progress("comparing", tables[-1], done, total))
     await target.finish(at, now=now())
     return counts
 
 
-async def _content(tables: Tables, table: str) -> tuple[int, int]:
+async def _content(tables: Tables, table: str, meter: _Meter | None = None) -> tuple[int, int]:
     """How many rows a table has, and a number that differs where theirs do, whatever their order."""
     count = content = 0
     async for page in tables.pages(table):
         count += len(page)
         content += sum(hash(tuple(row.values())) for row in page)
+        if meter is not None:
+            meter.add(table, len(page))
     return count, content
 
 
@@ -128,11 +141,13 @@ async def _opened(option: str, url: str, now: Callable[[], int]) -> AsyncIterato
 
 
 @contextmanager
-def _about(option: str) -> Iterator[None]:
-    """Says which of the two databases a complaint is about."""
+def _about(subject: str) -> Iterator[None]:
+    """Says which database, or which table, a complaint is about."""
     try:
         yield
     except DatabaseInUse as error:
-        raise DatabaseInUse(f"{option}: a relay is running on it: stop it first") from error
+        raise DatabaseInUse(f"{subject}: a relay is running on it: stop it first") from error
     except ConfigError as error:
-        raise ConfigError(f"{option}: {str(error).removeprefix('database: ')}") from error
+        raise ConfigError(f"{subject}: {str(error).removeprefix('database: ')}") from error
+    except StoreError as error:
+        raise StoreError(f"{subject}: {error}", general=error.general) from error
