@@ -32,6 +32,7 @@ from relay.shard import Held
 from relay.store import Store, open_database, store_on
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
+from relay.store.tables import check_whole
 from relay.store.tenants import DEFAULT
 from relay.web import inbound, ops
 from relay.web.auth import hash_key, new_key
@@ -142,6 +143,7 @@ async def _prepare(
 ) -> None:
     for name in await migrate(store.database, now=now()):
         log.info("database.migrated", extra={"migration": name})
+    await check_whole(store.database)
     await store.tenants.found(DEFAULT, signature.new_secret(), now=now())
     if settings.admin_key is None and not await store.tenants.has_keys():
         key, key_id = new_key(), new_id("key", now())

@@ -13,6 +13,7 @@ from httpx_aiohttp import AiohttpTransport
 from pydantic import TypeAdapter, ValidationError
 
 from relay import __version__
+from relay.body import storable
 from relay.errors import ProviderError
 from relay.generation import Update
 from relay.guard import Guard, connector, reason
@@ -76,11 +77,10 @@ class Asker:
         try:
             update = understand(account.provider, reply, now=self._now())
         except ProviderError as error:
-            raise ProviderError(
-                error.code, self._clean(str(error), account), retry_after=error.retry_after
-            ) from error
+            said = storable(self._clean(str(error), account))
+            raise ProviderError(error.code, said, retry_after=error.retry_after) from error
         except Exception as error:
-            said = self._clean(repr(error), account)
+            said = storable(self._clean(repr(error), account))
             raise ProviderError("unreadable", f"{account.provider.name} failed to read it: {said}") from error
         try:
             # A provider file that is not ours may say anything, and what is stored must be readable again.

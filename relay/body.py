@@ -1,7 +1,8 @@
-"""Bytes to JSON and back: what Relay accepts from strangers, and what it signs and sends."""
+"""Bytes to JSON and back, and text: what Relay accepts from strangers, and what it signs and sends."""
 
 import json
 import math
+import re
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
@@ -46,6 +47,11 @@ def compact(value: Any) -> bytes:
     except PydanticSerializationError:
         plain = value.model_dump(by_alias=True) if isinstance(value, BaseModel) else value
         return json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def storable(text: str) -> str:
+    """The text as every database takes it: U+0000 and lone surrogates become U+FFFD."""
+    return re.sub("[\0\ud800-\udfff]", "\ufffd", text)
 
 
 def _deeper_than(value: Any, depth: int) -> bool:

@@ -13,9 +13,11 @@ from relay.config import Settings, accounts
 from relay.errors import ConfigError, DatabaseInUse, Malformed, ProviderError, StoreError
 from relay.guard import Guard
 from relay.providers import Account
+from relay.redact import without_password
 from relay.signature import TOLERANCE
 from relay.store import open_database, store_on
 from relay.store.migrate import pending
+from relay.store.tables import check_whole
 
 SHORTEST_SECRET = 32
 
@@ -71,7 +73,7 @@ def _configuration(settings: Settings) -> list[Finding]:
 
 
 async def _database(url: str) -> Finding:
-    path = url.removeprefix("sqlite:///")
+    path = without_password(url).removeprefix("sqlite:///")
     if missing := _missing_file(url):
         return missing
     try:
@@ -82,6 +84,8 @@ async def _database(url: str) -> Finding:
         return Finding("database", "failed", str(error).removeprefix("database: "))
     try:
         names = await pending(database)
+        if not names:
+            await check_whole(database)
     except ConfigError as error:
         return Finding("database", "failed", str(error).removeprefix("database: "))
     finally:

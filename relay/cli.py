@@ -1,6 +1,8 @@
 """The command line. Exit codes: 0 done, 1 the thing failed, 2 usage or configuration."""
 
 import asyncio
+import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -9,16 +11,21 @@ from typing import Annotated, Any
 
 import typer
 import uvloop
+from rich import progress as bar
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
 
 from relay import __version__, signature
 from relay.app import serve as serve_relay
 from relay.app import wall_clock
 from relay.check import check as findings
 from relay.config import load_config
+from relay.copy import Progress, database_name
+from relay.copy import copy as copy_database
 from relay.demo import demo as run_demo
-from relay.errors import ConfigError, StoreError
+from relay.errors import ConfigError, CopyFailed, StoreError
 from relay.logs import set_up
 from relay.remote import deliveries, endpoints, generations, track
 from relay.server import Server, bind, origin
@@ -108,6 +115,58 @@ def migrate(config: Config = None) -> None:
 
     applied = _run(bring())
     out.print("\n".join(applied) if applied else "up to date")
+
+
+@app.command()
+def copy(
+    source: Annotated[
+        str, typer.Option("--from", help="The database of a relay that is stopped; it stays as it is.")
+    ],
+    target: Annotated[str, typer.Option("--to", help="An empty database.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+) -> None:
+    """Copy all that a relay remembers to another database; after an interruption, run it again to go on."""
+    # Killed at any moment it goes on later: there is nothing to tidy, and it has not ended well.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    began = time.monotonic()
+    columns = (
+        *(bar.TextColumn("{task.description}"), bar.BarColumn(), bar.MofNCompleteColumn()),
+        *(_Rate(), bar.TimeRemainingColumn()),
+    )
+    bars = bar.Progress(*columns, console=err, disable=as_json or not err.is_terminal)
+    tasks: dict[str, bar.TaskID] = {}
+
+    def show(progress: Progress) -> None:
+        doing = progress.doing
+        if doing not in tasks:
+            # What was there before is no sign of speed.
+            tasks[doing] = bars.add_task(doing, total=progress.total, completed=progress.done)
+        bars.update(tasks[doing], completed=progress.done, description=f"{doing} {progress.table}")
+
+    try:
+        with bars:
+            counts = _run(copy_database(source, target, now=wall_clock, show=show))
+    except CopyFailed as error:
+        err.print(f"[red]relay:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        out.print_json(json.dumps({"tables": counts, "seconds": round(time.monotonic() - began, 1)}))
+        return
+    table = Table("table", Column("rows", justify="right"))
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
+    out.print(table)
+    out.print(
+        f"Both databases hold the same. Now set `database:` in the configuration to"
+        f" {escape(database_name(target))} and start the relay; none may run on the old one any more.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+class _Rate(bar.ProgressColumn):
+    def render(self, task: bar.Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:,.0f} rows/s")
 
 
 @app.command()

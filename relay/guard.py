@@ -24,6 +24,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import AddrInfoType, TCPConnector
 
+from relay.body import storable
+
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Question = tuple[str, socket.AddressFamily]
@@ -275,4 +277,4 @@ def reason(error: BaseException) -> str:
         return found.reason or str(found)
     if isinstance(found, OSError) and found.errno is not None and found.errno > 0:
         return os.strerror(found.errno)
-    return str(found)[:300] or str(error)[:300] or type(error).__name__
+    return storable(str(found)[:300] or str(error)[:300] or type(error).__name__)

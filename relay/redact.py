@@ -1,5 +1,6 @@
 """Blotting out: what must not travel further, in text that strangers wrote."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,13 @@ def redact(value: Any, secrets: Sequence[str], *, capability: str) -> Any:
     if isinstance(value, list):
         return [redact(one, secrets, capability=capability) for one in value]
     return value
+
+
+def without_password(url: str) -> str:
+    """The URL of a database as it may be shown and stored."""
+    # Up to the last @: whoever forgot to quote a password meant all of it.
+    url = re.sub(r"(://[^:/?#@]*):.*@", r"\1@", url, flags=re.DOTALL)
+    return re.sub(r"(?i)([?&][^=&]*pass[^=&]*)=[^&]*", rf"\1={BLOT}", url)
 
 
 _URL_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/%"

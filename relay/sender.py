@@ -10,6 +10,7 @@ from aiohttp import BytesPayload, ClientResponse, ClientSession, ClientTimeout, 
 from yarl import URL
 
 from relay import __version__
+from relay.body import storable
 from relay.delivery import Answer, Code
 from relay.guard import BlockedAddress, Guard, cause, connector, reason
 from relay.times import parse_retry_after
@@ -113,7 +114,7 @@ async def _excerpt(response: ClientResponse) -> str:
         read += chunk
     if not response.content.at_eof():
         response.close()
-    text = bytes(read[:_KEPT]).decode("utf-8", "replace").replace("\0", "\ufffd")
+    text = storable(bytes(read[:_KEPT]).decode("utf-8", "replace"))
     return text.encode()[:_KEPT].decode("utf-8", "ignore")
 
 

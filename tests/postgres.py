@@ -96,10 +96,10 @@ class Cluster:
         assert done.returncode == 0, f"{program}: {said}"
         return said
 
-    def database(self, template: str | None = TEMPLATE) -> str:
-        """The URL of a new database, migrated already unless `template` is None."""
+    def database(self, template: str | None = TEMPLATE, *options: str) -> str:
+        """The URL of a new database, migrated already when it is made of our own template."""
         name = f"t{uuid4().hex}"
-        self.run("createdb", *self._where, *(["-T", template] if template else []), name)
+        self.run("createdb", *self._where, *(["-T", template] if template else []), *options, name)
         return self.url(name)
 
     def drop(self, url: str) -> None:

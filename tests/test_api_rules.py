@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from relay.web.operations import OPERATIONS
 from tests.conftest import ADMIN_KEY, RunningRelay, World
 
 URL = "https://hooks.example.com/relay"
@@ -177,6 +178,24 @@ async def test_odd_numbers_and_characters_are_refused_or_kept_as_they_are(world:
         answer = await relay.api.post("/v1/endpoints", content=body)
         assert answer.status_code == 422, answer.text
         assert len(fields(answer)) == 1
+
+
+async def test_the_character_that_postgresql_has_not_is_refused_wherever_text_is_taken(
+    world: World, database_url: str
+) -> None:
+    relay = await world.relay(database=database_url)
+    made = (await relay.api.post("/v1/endpoints", json={"url": URL})).json()
+    for one in OPERATIONS:
+        nowhere = await relay.api.request(one.method, one.path.replace("{id}", "a%00"), json=one.example)
+        assert nowhere.status_code == 404 or "{id}" not in one.path, f"{one.method} {one.path}"
+        for name in one.body.model_fields if one.body is not None else ():
+            for value in ("a\0b", ["a\0b"]):
+                body = {**one.example, name: value}
+                answer = await relay.api.request(one.method, one.path.format(id=made["id"]), json=body)
+                assert answer.status_code in (404, 422), f"{one.method} {one.path} {name}: {answer.text}"
+        for name in one.query.model_fields if one.query is not None else ():
+            answer = await relay.api.request(one.method, one.path.format(id="x"), params={name: "a\0"})
+            assert answer.status_code == 422, f"{one.method} {one.path} {name}: {answer.text}"
 
 
 async def chunks(body: bytes) -> AsyncIterator[bytes]:

@@ -68,3 +68,16 @@ async def test_a_provider_file_that_says_what_cannot_be_stored_is_an_unreadable_
     with pytest.raises(ProviderError, match="progress, credits") as raised:
         await ask(Careless())
     assert raised.value.code == "unreadable"
+
+
+class Odd(Vivix):
+    """Finds words that no database holds."""
+
+    def read(self, answer, *, now):
+        raise ProviderError("unavailable", "a\0b\ud800c")
+
+
+async def test_what_a_provider_says_can_be_stored():
+    with pytest.raises(ProviderError) as raised:
+        await ask(Odd())
+    assert str(raised.value) == "a\ufffdb\ufffdc"

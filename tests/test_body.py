@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relay.body import DEPTH, compact, parse
+from relay.body import DEPTH, compact, parse, storable
 from relay.errors import Malformed
 
 JSON = st.recursive(
@@ -76,6 +76,11 @@ def test_any_bytes_are_malformed_or_make_strict_json_again(data):
 
 def test_it_is_written_compactly_and_not_escaped():
     assert compact({"a": [1, "é🐈"], "b": None}) == '{"a":[1,"é🐈"],"b":null}'.encode()
+
+
+def test_text_is_stored_without_what_some_database_refuses():
+    assert storable("a\0\ud800b\udfff") == "a\ufffd\ufffdb\ufffd"
+    assert storable("\x01ä🏮\ufffd\U0010ffff") == "\x01ä🏮\ufffd\U0010ffff"
 
 
 def test_a_lone_surrogate_becomes_a_question_mark():

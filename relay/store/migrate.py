@@ -39,6 +39,13 @@ async def pending(database: Database) -> list[str]:
     return [name for _, (name, _) in await _missing(database)]
 
 
+async def is_current(database: Database) -> bool:
+    """Whether its schema is exactly this program's; writes nothing. Raises StoreError where there is none."""
+    async with database.read() as tx:
+        rows = await tx.fetch("SELECT version FROM migrations")
+    return {row["version"] for row in rows} == _known().keys()
+
+
 async def _missing(database: Database) -> list[tuple[int, tuple[str, str]]]:
     known = _known()
     async with database.write() as tx:

@@ -58,8 +58,14 @@ class PostgreSQL:
             pool = await asyncpg.create_pool(
                 url, min_size=1, max_size=_CONNECTIONS, command_timeout=_COMMAND_SECONDS
             )
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             raise ConfigError(f"database: PostgreSQL cannot be reached: {error}") from error
+        except ValueError as error:
+            # Its message quotes the URL, and there is a password in that.
+            raise ConfigError(
+                "database: write postgresql://user:password@host:5432/name, with %2F and the like for"
+                " / ? # @ : in the password"
+            ) from error
         return cls(pool)
 
     async def close(self) -> None:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from relay.body import compact, parse
-from relay.errors import FieldError, Invalid, Malformed, TooLarge
+from relay.errors import FieldError, Invalid, Malformed, NotFound, TooLarge
 from relay.store.idempotency import Idempotency
 from relay.web.auth import tenant_of
 from relay.web.context import Relay, State
@@ -73,6 +73,8 @@ class Operation:
     async def _answer(self, request: Request[State]) -> Response:
         relay = request.state["relay"]
         tenant = await tenant_of(request, relay)
+        if "\0" in request.scope["path"]:
+            raise NotFound("there is no such thing")
         raw = await read_body(request)
         call = Call(
             relay=relay,

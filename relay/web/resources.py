@@ -3,7 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from relay import delivery, endpoint, event, generation
 from relay.body import compact
@@ -78,13 +86,23 @@ Instant = Annotated[int, BeforeValidator(_instant, json_schema_input_type=str)]
 Time = Annotated[str, Field(examples=["2026-03-16T14:30:12.000Z"], json_schema_extra={"format": "date-time"})]
 
 
-class Request(BaseModel):
+class _Input(BaseModel):
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_stored(cls, value: object) -> object:
+        # PostgreSQL has no such text, not even to look for it.
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("must not contain the character U+0000")
+        return value
+
+
+class Request(_Input):
     """What callers send: unknown fields and wrong types are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Query(BaseModel):
+class Query(_Input):
     """What stands behind the `?`: all of it is text, so numbers are read from it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

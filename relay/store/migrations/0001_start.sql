@@ -1,6 +1,15 @@
 -- Times are unix milliseconds, ids are time-ordered text, JSON is text, a flag is a nullable time.
 -- Rows carry their tenant; it comes last in unique constraints, so that no list is read by it alone.
 
+-- Where the rows of this database came from: a copy that has not ended has not brought all of them.
+CREATE TABLE copies (
+    id TEXT PRIMARY KEY,
+    source TEXT NOT NULL,
+    position TEXT NOT NULL,
+    began_at BIGINT NOT NULL,
+    ended_at BIGINT
+);
+
 CREATE TABLE tenants (
     id TEXT PRIMARY KEY,
     signing_secret TEXT NOT NULL,
