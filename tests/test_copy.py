@@ -209,26 +209,6 @@ async def test_the_whole_state_arrives_row_by_row(empty: Any, source_kind: str, 
 
 
 @pytest.mark.parametrize("target_kind", KINDS)
-async def test_what_was_in_flight_is_due_at_once_in_the_target_and_nothing_else_is_changed(
-    empty: Any, target_kind: str
-) -> None:
-    source, target = empty("sqlite", "a"), empty(target_kind, "b")
-    await fill(source)
-    async with connected(source) as run:
-        await run("UPDATE deliveries SET due_at = ? WHERE status = 'sending'", NOW + 1)
-        await run("UPDATE deliveries SET lease = 'gone', status = 'canceled' WHERE status = 'failed'")
-        await run("UPDATE generations SET due_at = ? WHERE status = 'timed_out'", NOW + 1)
-    before = await contents(source)
-    await copied(source, target, now=NOW)
-    assert await contents(source) == before
-    async with connected(source) as run:
-        await run("UPDATE deliveries SET due_at = ? WHERE status = 'sending'", NOW)
-        await run("UPDATE deliveries SET lease = NULL WHERE status = 'canceled'")
-        await run("UPDATE generations SET due_at = ?, lease = NULL WHERE status = 'timed_out'", NOW)
-    assert await contents(target) == await contents(source)
-
-
-@pytest.mark.parametrize("target_kind", KINDS)
 async def test_a_copy_that_was_broken_off_anywhere_goes_on_there(empty: Any, target_kind: str) -> None:
     source = empty("sqlite", "a")
     await fill(source, keys=PAGE + 10)
