@@ -464,6 +464,7 @@ async def check(store: Store, after: Generation) -> None:
     assert fleeting == (set() if endings or not told else {max(told)}), "only the latest waits to be sent"
 
 
+@pytest.mark.timeout(600)  # thousands of histories, when all are asked for
 def test_whatever_is_reported_each_thing_is_told_once_in_its_time_and_nothing_after_the_end(
     database_url: str,
 ):
