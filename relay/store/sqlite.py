@@ -28,6 +28,8 @@ class SQLite:
 
     skip_locked = ""  # there is only ever one writer
     alone = True
+    dialect = "sqlite"
+    finds_table = "SELECT name FROM sqlite_master WHERE type = 'table' AND name = :name"
 
     def __init__(self, connections: Sequence[aiosqlite.Connection], lock: IO[str] | None) -> None:
         self._writer, self._reader, self._browser = connections
@@ -61,16 +63,12 @@ class SQLite:
         if self._lock is not None:
             self._lock.close()
 
-    @asynccontextmanager
-    async def migrating(self) -> AsyncIterator[None]:
-        yield  # the lock on the file is enough
-
     async def probe(self) -> None:
         async with self.write() as tx:
             await tx.execute("UPDATE tenants SET id = id WHERE id = ''")
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[Transaction]:
+    async def write(self, *, exclusive: bool = False) -> AsyncIterator[Transaction]:
         async with self._locks[self._writer], _transaction(self._writer) as transaction:
             yield transaction
 
