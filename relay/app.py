@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -15,6 +15,7 @@ from relay.batch import Batch
 from relay.callback import Callbacks
 from relay.config import Settings, accounts
 from relay.deliver import Deliverer
+from relay.errors import StoreError
 from relay.generation import Update
 from relay.guard import Guard
 from relay.hints import Turns
@@ -39,6 +40,10 @@ log = logging.getLogger(__name__)
 POLL_TICK = 0.25
 RETRY_TICK = 0.25
 PRUNE_TICK = 3600
+# A tick whose store takes nothing beats slower and slower: of so many beats at least one is tried.
+LONGEST_REST = 8
+# A database that is not there yet is waited for; seconds.
+PATIENCE = 60
 # Thousands of deliveries are in hand at once and hardly any leaves a cycle behind: looking for cycles after
 # every 700 new objects, as Python does, would take a quarter of the delivery path.
 NEW_OBJECTS = 50_000
@@ -107,7 +112,7 @@ async def running(
 ) -> AsyncIterator[Relay]:
     """A relay at work. Leaving finishes what is in flight, gives back the rest and closes everything."""
     async with AsyncExitStack() as stack:
-        database = await open_database(settings.database)
+        database = await open_database(settings.database, patience=PATIENCE)
         stack.push_async_callback(database.close)
         store = store_on(database)
         await _prepare(store, settings, now=now, show_key=show_key)
@@ -206,8 +211,35 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
     async def remove_old() -> None:
         await prune(relay.store, events=retention.events, attempts=retention.attempts, now=relay.now())
 
-    scheduler.add_job(relay.poller.tick, "interval", seconds=POLL_TICK)
-    scheduler.add_job(relay.deliverer.tick, "interval", seconds=RETRY_TICK)
-    scheduler.add_job(remove_old, "interval", seconds=PRUNE_TICK)
+    poll, deliver = _steady("poll", relay.poller.tick), _steady("deliver", relay.deliverer.tick)
+    scheduler.add_job(poll, "interval", seconds=POLL_TICK)
+    scheduler.add_job(deliver, "interval", seconds=RETRY_TICK)
+    scheduler.add_job(_steady("prune", remove_old, longest_rest=1), "interval", seconds=PRUNE_TICK)
     scheduler.start()
     return scheduler
+
+
+def _steady(
+    name: str, tick: Callable[[], Awaitable[None]], *, longest_rest: int = LONGEST_REST
+) -> Callable[[], Awaitable[None]]:
+    """A tick that says when its store begins to take nothing, and when that is over."""
+    failures = rest = 0
+
+    async def beat() -> None:
+        nonlocal failures, rest
+        rest -= 1
+        if rest > 0:
+            return
+        try:
+            await tick()
+        except StoreError as error:
+            if not failures:
+                log.error("store.unavailable", extra={"tick": name, "error": str(error)})
+            failures += 1
+            rest = min(2**failures, longest_rest)
+        else:
+            if failures:
+                log.warning("store.available", extra={"tick": name, "failures": failures})
+            failures = rest = 0
+
+    return beat

@@ -71,23 +71,22 @@ def _configuration(settings: Settings) -> list[Finding]:
 
 
 async def _database(url: str) -> Finding:
-    path = url.removeprefix("sqlite:///")
     if missing := _missing_file(url):
         return missing
     try:
         database = await open_database(url)
     except DatabaseInUse:
-        return Finding("database", "ok", f"{path} is in use by a running relay")
+        return Finding("database", "ok", f"{url.removeprefix('sqlite:///')} is in use by a running relay")
     except ConfigError as error:
         return Finding("database", "failed", str(error).removeprefix("database: "))
     try:
         names = await pending(database)
-    except ConfigError as error:
+    except (ConfigError, StoreError) as error:
         return Finding("database", "failed", str(error).removeprefix("database: "))
     finally:
         await database.close()
     message = f"will be migrated at the next start: {', '.join(names)}" if names else "is up to date"
-    return Finding("database", "ok", f"{path} {message}")
+    return Finding("database", "ok", f"{database.name} {message}")
 
 
 def _missing_file(url: str) -> Finding | None:

@@ -47,7 +47,7 @@ async def open_database(url: str, *, alone: bool = True, patience: float = 0) ->
             from relay.store.postgres import PostgreSQL  # an extra: only who uses it needs it
         except ImportError as error:
             raise ConfigError(
-                "database: PostgreSQL needs the extra: pip install 'relay[postgres]'"
+                "database: PostgreSQL needs the extra: pip install 'relay-notifier[postgres]'"
             ) from error
         return await PostgreSQL.open(url, patience=patience)
     raise ConfigError(

@@ -25,6 +25,7 @@ class Database(Protocol):
 
     skip_locked: str  # what a claim's SELECT ends with where rows can be locked
     alone: bool  # whether no other relay can be using it
+    name: str  # where it is, without a credential
     dialect: str  # `0001_start.<dialect>.sql` is applied with `0001_start.sql`
     finds_table: str  # the query that finds one row when there is a table :name
 

@@ -93,9 +93,9 @@ class Hosts:
         self._command_timeout = address.command_timeout / 1000 + ANSWER_SECONDS
 
     async def connect(self, *_: Any, **options: Any) -> "asyncpg.Connection[asyncpg.Record]":
-        """A new connection, for the caller to close; asyncpg's pool has `options` of its own. Raises what the
-        last host said."""
-        said: Exception | None = None
+        """A new connection, for the caller to close; asyncpg's pool has `options` of its own. Raises what one
+        of the hosts said."""
+        said: list[Exception] = []
         for url in tuple(self._urls):
             try:
                 connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
@@ -107,13 +107,11 @@ class Hosts:
                 )
                 return connection
             except Exception as error:
-                if not is_away(error):
-                    raise
                 self._urls.remove(url)
                 self._urls.append(url)
-                said = error
-        assert said is not None  # noqa: S101 # there is at least one host
-        raise said
+                said.append(error)
+        # What somebody must do something about is more worth knowing than who is not there.
+        raise next((error for error in said if not is_away(error)), said[-1])
 
 
 def is_away(error: Exception) -> bool:

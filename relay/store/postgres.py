@@ -66,7 +66,7 @@ class PostgreSQL:
     finds_table = "SELECT relname FROM pg_class WHERE oid = to_regclass(:name)"
 
     def __init__(self, address: Address) -> None:
-        self._name, self._timeout = address.name, address.command_timeout
+        self.name, self._timeout = address.name, address.command_timeout
         self._hosts = Hosts(address)
         # A floor would be kept by a task of asyncpg's own, which logs a traceback every time it fails.
         self._pool = asyncpg.create_pool(
@@ -169,11 +169,11 @@ class PostgreSQL:
                     return
             except Exception as error:
                 if not is_away(error):
-                    raise ConfigError(f"database: {self._name}: {advice(error)}") from error
+                    raise ConfigError(f"database: {self.name}: {advice(error)}") from error
                 if loop.time() >= until:
-                    message = f"{self._name} cannot be reached: {why(error)}; start it, or correct the URL"
+                    message = f"{self.name} cannot be reached: {why(error)}; start it, or correct the URL"
                     raise ConfigError(f"database: {message}") from error
-                log.warning("database.awaited", extra={"database": self._name, "error": why(error)})
+                log.warning("database.awaited", extra={"database": self.name, "error": why(error)})
             await asyncio.sleep(min(pause, max(0.0, until - loop.time())))
             pause = min(2 * pause, _LONGEST_PAUSE)
 

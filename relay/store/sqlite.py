@@ -31,7 +31,8 @@ class SQLite:
     dialect = "sqlite"
     finds_table = "SELECT name FROM sqlite_master WHERE type = 'table' AND name = :name"
 
-    def __init__(self, connections: Sequence[aiosqlite.Connection], lock: IO[str] | None) -> None:
+    def __init__(self, path: Path, connections: Sequence[aiosqlite.Connection], lock: IO[str] | None) -> None:
+        self.name = str(path)
         self._writer, self._reader, self._browser = connections
         self._connections, self._lock = connections, lock
         self._locks = {connection: asyncio.Lock() for connection in connections}
@@ -54,7 +55,7 @@ class SQLite:
             if lock is not None:
                 lock.close()
             raise ConfigError(f"database: {path} cannot be opened: {error}") from error
-        return cls(connections, lock)
+        return cls(path, connections, lock)
 
     async def close(self) -> None:
         # The last one to close checkpoints: that must be the writer.
