@@ -159,7 +159,9 @@ async def test_a_host_that_does_not_even_refuse_leaves_time_for_the_next_one(ser
 # Transactions.
 
 
-async def test_what_the_caller_raises_in_the_block_stays_what_it_is(server: Cluster):
+async def test_what_the_caller_raises_in_the_block_stays_what_it_is(
+    server: Cluster, caplog: pytest.LogCaptureFixture
+):
     async with opened(server.database()) as database:
         for mistake in (OSError("mine"), TimeoutError("mine"), asyncpg.PostgresError("mine"), ValueError()):
             with pytest.raises(type(mistake)) as raised:
@@ -171,6 +173,7 @@ async def test_what_the_caller_raises_in_the_block_stays_what_it_is(server: Clus
                 async with database.read():
                     raise mistake
         assert await count(database) == 0
+    assert caplog.records == []
 
 
 async def test_a_commit_after_a_failed_statement_is_no_success(server: Cluster):
