@@ -4,7 +4,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -17,6 +17,7 @@ from relay.bell import Bell
 from relay.callback import Callbacks
 from relay.config import Settings, accounts
 from relay.deliver import Deliverer
+from relay.errors import StoreError
 from relay.generation import Update
 from relay.guard import Guard
 from relay.hints import Turns
@@ -45,6 +46,10 @@ POLL_TICK = 0.25
 RETRY_TICK = 0.25
 BEAT = 2
 PRUNE_TICK = 3600
+# A tick whose store takes nothing beats slower and slower: of so many beats at least one is tried.
+LONGEST_REST = 8
+# A database that is not there yet is waited for; seconds.
+PATIENCE = 60
 # Thousands of deliveries are in hand at once and hardly any leaves a cycle behind: looking for cycles after
 # every 700 new objects, as Python does, would take a quarter of the delivery path.
 NEW_OBJECTS = 50_000
@@ -113,7 +118,7 @@ async def running(
 ) -> AsyncIterator[Relay]:
     """A relay at work. Leaving finishes what is in flight, gives back the rest and closes everything."""
     async with AsyncExitStack() as stack:
-        database = await open_database(settings.database)
+        database = await open_database(settings.database, patience=PATIENCE)
         stack.push_async_callback(database.close)
         store = store_on(database)
         await _prepare(store, settings, now=now, show_key=show_key)
@@ -264,10 +269,38 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
         if relay.shards.covers("retention", relay.now()):
             await prune(relay.store, events=retention.events, attempts=retention.attempts, now=relay.now())
 
-    scheduler.add_job(relay.poller.tick, "interval", seconds=POLL_TICK)
-    scheduler.add_job(relay.deliverer.tick, "interval", seconds=RETRY_TICK)
+    poll, deliver = _steady("poll", relay.poller.tick), _steady("deliver", relay.deliverer.tick)
+    scheduler.add_job(poll, "interval", seconds=POLL_TICK)
+    scheduler.add_job(deliver, "interval", seconds=RETRY_TICK)
     if not relay.store.database.alone:
-        scheduler.add_job(relay.holder.beat, "interval", seconds=BEAT)
-    scheduler.add_job(remove_old, "interval", seconds=PRUNE_TICK)
+        beat = _steady("hold", relay.holder.beat, longest_rest=1)
+        scheduler.add_job(beat, "interval", seconds=BEAT)
+    scheduler.add_job(_steady("prune", remove_old, longest_rest=1), "interval", seconds=PRUNE_TICK)
     scheduler.start()
     return scheduler
+
+
+def _steady(
+    name: str, tick: Callable[[], Awaitable[None]], *, longest_rest: int = LONGEST_REST
+) -> Callable[[], Awaitable[None]]:
+    """A tick that says when its store begins to take nothing, and when that is over."""
+    failures = rest = 0
+
+    async def beat() -> None:
+        nonlocal failures, rest
+        rest -= 1
+        if rest > 0:
+            return
+        try:
+            await tick()
+        except StoreError as error:
+            if not failures:
+                log.error("store.unavailable", extra={"tick": name, "error": str(error)})
+            failures += 1
+            rest = min(2**failures, longest_rest)
+        else:
+            if failures:
+                log.warning("store.available", extra={"tick": name, "failures": failures})
+            failures = rest = 0
+
+    return beat

@@ -1,4 +1,4 @@
-"""Group commit: calls that arrive during one write form the next write."""
+"""Writing to the store: what arrives during one write forms the next, and what it does not take is kept."""
 
 import asyncio
 import logging
@@ -10,6 +10,21 @@ from relay.errors import StoreError
 T = TypeVar("T")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
+
+
+async def insist(write: Callable[[], Awaitable[R]], *, again: Callable[[], bool]) -> R:
+    """What `write` returns, tried with growing pauses while the store takes nothing at all; after each try
+    `again` is asked whether to go on. Raises what it raised last."""
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return await write()
+        except StoreError as error:
+            if not error.general or not again():
+                raise
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 class Batch(Generic[T, R]):

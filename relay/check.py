@@ -13,7 +13,6 @@ from relay.config import Settings, accounts
 from relay.errors import ConfigError, DatabaseInUse, Malformed, ProviderError, StoreError
 from relay.guard import Guard
 from relay.providers import Account
-from relay.redact import without_password
 from relay.signature import TOLERANCE
 from relay.store import open_database, store_on
 from relay.store.migrate import pending
@@ -73,25 +72,24 @@ def _configuration(settings: Settings) -> list[Finding]:
 
 
 async def _database(url: str) -> Finding:
-    path = without_password(url).removeprefix("sqlite:///")
     if missing := _missing_file(url):
         return missing
     try:
         database = await open_database(url)
     except DatabaseInUse:
-        return Finding("database", "ok", f"{path} is in use by a running relay")
+        return Finding("database", "ok", f"{url.removeprefix('sqlite:///')} is in use by a running relay")
     except ConfigError as error:
         return Finding("database", "failed", str(error).removeprefix("database: "))
     try:
         names = await pending(database)
         if not names:
             await check_whole(database)
-    except ConfigError as error:
+    except (ConfigError, StoreError) as error:
         return Finding("database", "failed", str(error).removeprefix("database: "))
     finally:
         await database.close()
     message = f"will be migrated at the next start: {', '.join(names)}" if names else "is up to date"
-    return Finding("database", "ok", f"{path} {message}")
+    return Finding("database", "ok", f"{database.name} {message}")
 
 
 def _missing_file(url: str) -> Finding | None:

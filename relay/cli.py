@@ -18,8 +18,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from relay import __version__, signature
+from relay.app import PATIENCE, wall_clock
 from relay.app import serve as serve_relay
-from relay.app import wall_clock
 from relay.check import check as findings
 from relay.config import load_config
 from relay.copy import Progress, database_name
@@ -107,7 +107,7 @@ def migrate(config: Config = None) -> None:
     settings = load_config(config)
 
     async def bring() -> list[str]:
-        database = await open_database(settings.database)
+        database = await open_database(settings.database, patience=PATIENCE)
         try:
             return await migrate_database(database, now=wall_clock())
         finally:

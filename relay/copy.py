@@ -11,7 +11,7 @@ from relay.errors import ConfigError, CopyFailed, DatabaseInUse, StoreError
 from relay.redact import without_password
 from relay.store import open_database
 from relay.store.database import Database
-from relay.store.migrate import is_current, migrate
+from relay.store.migrate import migrate, pending
 from relay.store.tables import Tables, check_unused, check_whole
 
 _SQLITE = "sqlite:///"
@@ -121,12 +121,8 @@ def _check_there(url: str) -> None:
 
 async def _check_state(source: Database) -> None:
     """Raises ConfigError unless all of a relay's state is there, as this version writes it."""
-    try:
-        current = await is_current(source)
-    except StoreError as error:
-        raise ConfigError(f"no relay has used it: {error}") from error
-    if not current:
-        raise ConfigError("it was last used by another version of Relay: run `relay migrate` on it")
+    if await pending(source):
+        raise ConfigError("it was not used by this version of Relay yet: run `relay migrate` on it")
     await check_whole(source)
 
 

@@ -6,6 +6,7 @@ behind it waits in the store, and is never read ahead of others' work.
 
 import asyncio
 import logging
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
@@ -14,9 +15,10 @@ from itertools import islice
 from uuid import uuid4
 
 from relay import event, signature
-from relay.batch import Batch
+from relay.batch import Batch, insist
 from relay.breaker import Breaker
 from relay.delivery import Answer, Claimed, Code, Settlement, settle
+from relay.errors import StoreError
 from relay.lane import PATIENCE, Lane
 from relay.sender import Sender
 from relay.shard import Held, shard_of
@@ -33,6 +35,8 @@ SWEPT = 500
 LANES_KEPT = 10_000
 # How long at least a delivery waits for fresh URLs when its provider cannot give them now.
 POSTPONED = 60_000
+# A relay that stops offers the store its outcomes for so long.
+LAST_TRIES = 5_000
 
 
 class Deliverer:
@@ -71,6 +75,9 @@ class Deliverer:
         self._ready: deque[str] = deque()
         self._parked: dict[str, None] = {}
         self._held = self._held_bytes = self._sending = self._retrying = self._unproven = 0
+        # Whose outcomes the store does not take now: nothing more is sent meanwhile.
+        self._unwritten: set[str] = set()
+        self._tries_end: float = math.inf
         self._tasks: set[asyncio.Task[None]] = set()
         self._renewing: dict[asyncio.Task[None], Claimed] = {}
         self._claiming = asyncio.Lock()
@@ -220,8 +227,12 @@ class Deliverer:
         for task, one in self._renewing.items():
             task.cancel()
             unsent.append(one)
+        self._tries_end = self._now() + LAST_TRIES
         if unsent:
-            await self._store.deliveries.release(unsent, now=self._now())
+            try:
+                await self._store.deliveries.release(unsent, now=self._now())
+            except StoreError as error:
+                log.error("delivery.not_given_back: %s", error)
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -281,7 +292,7 @@ class Deliverer:
         return unsent
 
     def _pump(self) -> None:
-        while self._ready and self._sending < self._concurrency and not self._stopping:
+        while self._ready and self._sending < self._concurrency and not (self._stopping or self._unwritten):
             name = self._ready.popleft()
             lane = self._lanes.get(name)
             if lane is None:
@@ -339,7 +350,8 @@ class Deliverer:
         self._renewing.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             # The lease brings the delivery back; the loop goes on.
-            log.error("delivery.failed: %s", error, exc_info=error)
+            traced = None if isinstance(error, StoreError) else error
+            log.error("delivery.failed: %s", error, exc_info=traced)
 
     async def _renew(self, one: Claimed) -> None:
         """Nothing is held meanwhile, no slot and no body: a provider that hangs delays nobody's deliveries.
@@ -432,8 +444,22 @@ class Deliverer:
         outcome = settle(
             one, answer, schedule=schedule, now=self._now(), spread=_spread(), endpoint_is_well=news
         )
-        await self._settle(outcome)
+        await self._keep_settling(one, outcome)
         log.info("delivery.attempted", extra=_line(one, outcome))
+
+    async def _keep_settling(self, one: Claimed, outcome: Settlement) -> None:
+        """Until the store takes it, or another may have the delivery: whoever was told is not told again."""
+
+        def again() -> bool:
+            self._unwritten.add(one.id)
+            return self._now() < min(one.lease_until, self._tries_end)
+
+        try:
+            await insist(lambda: self._settle(outcome), again=again)
+        finally:
+            if one.id in self._unwritten:
+                self._unwritten.remove(one.id)
+                self._pump()
 
     async def _write(self, settlements: Sequence[Settlement]) -> Sequence[None]:
         for endpoint_id in await self._store.deliveries.settle(settlements, now=self._now()):

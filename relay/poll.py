@@ -9,6 +9,7 @@ from dataclasses import replace
 from uuid import uuid4
 
 from relay.asker import Asker
+from relay.batch import insist
 from relay.budget import Budget
 from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
 from relay.generation import ENDINGS, OPEN, Generation, LearnedBy, Update
@@ -262,6 +263,8 @@ class Poller:
         self, generation: Generation, learned_by: LearnedBy, *, asks: bool = True
     ) -> Generation | None:
         update, error, missing = None, None, generation.missing
+        # Who waits for a refresh is told at once that the store takes nothing.
+        kept_until = 0 if learned_by is LearnedBy.REFRESH else generation.due_at or 0
         job_id = generation.job_id or generation.claimed_job_id
         account = self._accounts.get(generation.account)
         if account is None:
@@ -282,7 +285,11 @@ class Poller:
         if self._is_over(generation, update):
             update, learned_by = generation.timed_out(), LearnedBy.DEADLINE
         asked = self._asked(generation, account, update, error=error, missing=missing)
-        after = await self._record(Report(generation.id, learned_by, update, asked))
+        report = Report(generation.id, learned_by, update, asked)
+        after = await insist(
+            lambda: self._record(report),
+            again=lambda: not self._stopping and self._now() < kept_until,
+        )
         if after is not None and account is not None and after.known_at != generation.known_at:
             self.standings[account.name].learn(after)
         return after

@@ -16,7 +16,15 @@ from hypothesis import settings as hypothesis_settings
 from relay.app import build
 from relay.config import Settings, read_config
 from relay.simulator import Simulator
-from tests.postgres import TEMPLATE, WHY_MISSING, Cluster, binaries, running_cluster
+from tests.postgres import (
+    TEMPLATE,
+    WHY_MISSING,
+    WHY_NO_POOLER,
+    Cluster,
+    binaries,
+    pgbouncer,
+    running_cluster,
+)
 from tests.serving import Subscriber, listener, origin_of, serving
 
 hypothesis_settings.register_profile("thorough", max_examples=3000, deadline=None)
@@ -123,16 +131,47 @@ class World:
         return dict(answer.json())
 
 
+def need(program: Path | None, why_missing: str) -> None:
+    """Skips a test whose program is not there, or fails it where all must run."""
+    if program is None:
+        if os.environ.get("RELAY_REQUIRE_ALL_TESTS"):
+            pytest.fail(why_missing)
+        pytest.skip(why_missing)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A PostgreSQL server for all tests of one process, each with databases of its own."""
-    if binaries() is None:
-        if os.environ.get("RELAY_REQUIRE_ALL_TESTS"):
-            pytest.fail(WHY_MISSING)
-        pytest.skip(WHY_MISSING)
+    need(binaries(), WHY_MISSING)
     with running_cluster() as cluster:
         cluster.make_template()
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def own_cluster() -> Iterator[Cluster]:
+    need(binaries(), WHY_MISSING)
+    with running_cluster() as cluster:
+        cluster.make_template()
+        yield cluster
+
+
+@pytest.fixture
+def server(own_cluster: Cluster) -> Iterator[Cluster]:
+    """A PostgreSQL server that a test may do anything to: the next one finds it running and as it was."""
+    yield own_cluster
+    if own_cluster.settings and own_cluster.is_running:
+        own_cluster.stop()
+    own_cluster.settings = {}
+    if not own_cluster.is_running:
+        own_cluster.start()
+    own_cluster.set()
+
+
+@pytest.fixture
+def pooled() -> None:
+    """For tests with PgBouncer."""
+    need(pgbouncer(), WHY_NO_POOLER)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -5,7 +5,9 @@ import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from relay.store.migrate import migrate
 from tests.serving import listener, origin_of
 
 WHY_MISSING = "no PostgreSQL server here (apt-get install postgresql): its tests are skipped"
+WHY_NO_POOLER = "no PgBouncer here (apt-get install pgbouncer): its tests are skipped"
 TEMPLATE = "relay_template"
 # Nobody pulls the plug in tests: what the system has taken is there after a kill.
 SETTINGS = {
@@ -55,12 +58,15 @@ class Cluster:
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://relay@127.0.0.1:{self.port}/{database}"
 
-    def create(self) -> None:
-        with listener() as bound:
-            self.port = int(origin_of(bound).rsplit(":", 1)[1])
+    def make_room(self) -> None:
+        """A directory and a port of its own."""
+        self.port = _free_port()
         self.directory.mkdir(parents=True, exist_ok=True)
         if os.getuid() == 0:
             os.chown(self.directory, _owner().pw_uid, _owner().pw_gid)
+
+    def create(self) -> None:
+        self.make_room()
         self.run(
             "initdb", "-D", self.data, "-U", "relay", "--auth=trust", "--locale=C", "--encoding=UTF8", "-N"
         )
@@ -76,24 +82,74 @@ class Cluster:
 
     def kill(self) -> None:
         """SIGKILL for the server and everything it started, as a crash would."""
+        pids = self.signal(signal.SIGKILL)
+        # As long as one of them is there, so is their memory, and no other server starts.
+        deadline = time.monotonic() + 10
+        while any(_lives(pid) for pid in pids):
+            assert time.monotonic() < deadline, "the server does not die"
+            time.sleep(0.01)
+        # Where nobody buries the dead, their locks would be respected.
+        for lock in (self.data / "postmaster.pid", self.directory / f".s.PGSQL.{self.port}.lock"):
+            lock.unlink(missing_ok=True)
+
+    def signal(self, number: signal.Signals) -> Sequence[int]:
+        """For the server and everything it started; their ids."""
         main = int((self.data / "postmaster.pid").read_text().split("\n", 1)[0])
         children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
-        for pid in (main, *map(int, children)):
+        pids = [main, *map(int, children)]
+        for pid in pids:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        (self.data / "postmaster.pid").unlink(missing_ok=True)
+                os.kill(pid, number)
+        return pids
+
+    @property
+    def is_running(self) -> bool:
+        return (self.data / "postmaster.pid").exists()
+
+    def query(self, sql: str, database: str = "postgres") -> str:
+        """What one statement answers, unadorned."""
+        return self.run("psql", *self._where, "-d", database, "-qXAt", "-c", sql).strip()
+
+    def set(self, **settings: str) -> None:
+        """Settings that a running server takes; none are those that it was started with."""
+        self.query("ALTER SYSTEM RESET ALL")
+        for name, value in settings.items():
+            self.query(f"ALTER SYSTEM SET {name} = '{value}'")
+        self.query("SELECT pg_reload_conf()")
+
+    @contextmanager
+    def standby(self) -> Iterator["Cluster"]:
+        """A server that follows this one, and has what was committed here, until it is promoted."""
+        standby = Cluster(self.directory.with_name(f"standby-{uuid4().hex[:6]}"), self.bin, self.settings)
+        standby.make_room()
+        place = ("-h", "127.0.0.1", "-p", str(self.port), "-U", "relay")
+        standby.run("pg_basebackup", *place, "-D", standby.data, "-R", "-X", "stream", "-c", "fast")
+        standby.start()
+        self.set(synchronous_standby_names="*")
+        try:
+            yield standby
+        finally:
+            standby.stop()
+
+    def promote(self) -> None:
+        self.run("pg_ctl", "promote", "-w", "-D", self.data)
 
     def run(self, program: str, *arguments: str | Path) -> str:
         """One of the server's programs, as a user whom it lets run it."""
-        as_owner = {"user": _owner().pw_uid, "group": _owner().pw_gid} if os.getuid() == 0 else {}
         command: Sequence[str | Path] = [self.bin / program, *arguments]
         with (self.directory / "output").open("w+") as output:
             done = subprocess.run(  # noqa: S603 # our own words
-                command, stdout=output, stderr=subprocess.STDOUT, cwd=self.directory, check=False, **as_owner
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self.directory,
+                check=False,
+                **_as_owner(),
             )
             output.seek(0)
             said = output.read()
-        assert done.returncode == 0, f"{program}: {said}"
+        log = self.directory / "log"
+        assert done.returncode == 0, f"{program}: {said} {log.read_text()[-2000:] if log.exists() else ''}"
         return said
 
     def database(self, template: str | None = TEMPLATE, *options: str) -> str:
@@ -136,7 +192,81 @@ def running_cluster(**settings: str) -> Iterator[Cluster]:
         try:
             yield cluster
         finally:
-            cluster.stop()
+            if cluster.is_running:
+                cluster.stop()
+
+
+@contextmanager
+def pooler(cluster: Cluster, **settings: str) -> Iterator[int]:
+    """The port of a PgBouncer in transaction mode before a cluster; `settings` are those of pgbouncer.ini."""
+    program = pgbouncer()
+    assert program is not None, WHY_NO_POOLER
+    directory, port = cluster.directory / f"pooler-{uuid4().hex[:6]}", _free_port()
+    directory.mkdir()
+    wanted = {
+        "listen_addr": "127.0.0.1",
+        "listen_port": str(port),
+        "unix_socket_dir": "",
+        "auth_type": "trust",
+        "auth_file": str(directory / "users"),
+        "logfile": str(directory / "log"),
+        "pool_mode": "transaction",
+        "default_pool_size": "4",
+        "server_login_retry": "1",
+        **settings,
+    }
+    (directory / "users").write_text('"relay" ""\n')
+    lines = ["[databases]", f"* = host=127.0.0.1 port={cluster.port}", "[pgbouncer]"]
+    (directory / "ini").write_text(
+        "\n".join([*lines, *(f"{key} = {value}" for key, value in wanted.items())])
+    )
+    if os.getuid() == 0:
+        os.chown(directory, _owner().pw_uid, _owner().pw_gid)
+    with (directory / "output").open("w+") as output:
+        process = subprocess.Popen(  # noqa: S603 # our own words
+            [program, directory / "ini"], stdout=output, stderr=subprocess.STDOUT, **_as_owner()
+        )
+    try:
+        _wait_for_port(port)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def pgbouncer() -> Path | None:
+    """Where PgBouncer's program is; None when there is none."""
+    found = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin")
+    return Path(found) if found else None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def _free_port() -> int:
+    with listener() as bound:
+        return int(origin_of(bound).rsplit(":", 1)[1])
+
+
+def _wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            assert time.monotonic() < deadline, f"nothing listens on {port}"
+            time.sleep(0.01)
+        else:
+            return
+
+
+def _as_owner() -> dict[str, int]:
+    return {"user": _owner().pw_uid, "group": _owner().pw_gid} if os.getuid() == 0 else {}
 
 
 def _place() -> Path | None:

@@ -15,7 +15,16 @@ from starlette.types import ASGIApp
 from relay.server import bind, serving
 from relay.server import origin as origin_of
 
-__all__ = ["Received", "Subscriber", "listener", "origin_of", "serving"]
+__all__ = ["Received", "Subscriber", "listener", "origin_of", "serving", "until"]
+
+
+async def until(true: Callable[[], bool], *, timeout: float = 15) -> None:
+    """Returns as soon as it is so."""
+    async with asyncio.timeout(timeout):
+        while True:
+            if true():
+                return
+            await asyncio.sleep(0.01)
 
 
 def listener() -> socket.socket:

@@ -1,11 +1,13 @@
-"""Group commit."""
+"""Group commit, and insisting."""
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 
-from relay.batch import Batch
+from relay.batch import Batch, insist
+from relay.errors import StoreError
 
 
 class Ledger:
@@ -117,3 +119,36 @@ async def test_flush_returns_when_everything_that_waits_is_written():
 
 async def test_flush_of_nothing_returns_at_once():
     await Batch(Ledger().write).flush()
+
+
+@dataclass
+class Moody:
+    """A write that fails so often, and then says how many tries it took."""
+
+    failures: int
+    general: bool = True
+    tries: int = 0
+
+    async def write(self) -> int:
+        self.tries += 1
+        if self.tries <= self.failures:
+            raise StoreError("not now", general=self.general)
+        return self.tries
+
+
+async def test_who_insists_is_answered_once_the_store_takes_it():
+    assert await insist(Moody(failures=3).write, again=lambda: True) == 4
+
+
+async def test_nobody_insists_on_what_the_store_will_never_take():
+    moody = Moody(failures=1, general=False)
+    with pytest.raises(StoreError):
+        await insist(moody.write, again=lambda: True)
+    assert moody.tries == 1
+
+
+async def test_who_insists_gives_up_when_it_is_no_use_any_more():
+    moody, patience = Moody(failures=9), iter([True, True, False])
+    with pytest.raises(StoreError):
+        await insist(moody.write, again=lambda: next(patience))
+    assert moody.tries == 3

@@ -15,6 +15,7 @@ import yaml
 
 from relay.signature import headers, new_secret
 from tests.conftest import ADMIN_KEY, World
+from tests.postgres import Cluster
 from tests.serving import listener
 
 BARE = {"PATH": os.environ["PATH"], "PYTHONWARNINGS": "error", "COLUMNS": "200"}
@@ -131,6 +132,22 @@ async def test_check_tells_good_credentials_from_bad_ones(world: World) -> None:
     assert (await relay("check", cwd=world.directory)).code == 0
     # Nothing but saying: the database was not made.
     assert not (world.directory / "relay.db").exists()
+
+
+async def test_check_says_where_a_postgresql_is_and_not_its_password(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    url = cluster.database()
+    name = url.removeprefix("postgresql://relay@")
+    write(tmp_path, {"secret_key": "s" * 32, "database": url.replace("@", ":pass-word@")})
+    ended = await relay("check", cwd=tmp_path)
+    assert f"database: {name} is up to date" in ended.out
+    write(tmp_path, {"secret_key": "s" * 32, "database": "postgresql://relay:pass-word@127.0.0.1:1/relay"})
+    refused = await relay("check", cwd=tmp_path)
+    assert refused.code == 1
+    assert "database: 127.0.0.1:1/relay cannot be reached" in refused.out
+    assert "pass-word" not in ended.out + ended.err + refused.out + refused.err
+    cluster.drop(url)
 
 
 async def test_verify_says_whether_a_signature_is_right(tmp_path: Path) -> None:

@@ -318,8 +318,8 @@ async def no_relay(source: str, target: str) -> None:
         (a_copy_of_another, "--to: it holds an unfinished copy from sqlite:///"),
         (nothing, "does not exist"),
         (half_a_source, "--from: the copy from sqlite:///"),
-        (a_newer_source, "--from: it was last used by another version of Relay"),
-        (no_relay, "--from: no relay has used it"),
+        (a_newer_source, "--from: it was written by a newer Relay"),
+        (no_relay, "--from: it was not used by this version of Relay yet"),
     ],
 )
 async def test_databases_that_are_not_as_they_must_be_are_refused_and_left_alone(

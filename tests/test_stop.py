@@ -90,12 +90,12 @@ class Program:
 
 
 @asynccontextmanager
-async def started(directory: Path, **delivery: Any) -> AsyncIterator[Program]:
+async def started(directory: Path, *, database: str | None = None, **delivery: Any) -> AsyncIterator[Program]:
     with listener() as bound:
         origin = origin_of(bound)
     config = {
         "port": int(origin.rsplit(":", 1)[1]),
-        "database": f"sqlite:///{directory}/relay.db",
+        "database": database or f"sqlite:///{directory}/relay.db",
         "secret_key": "secret-key-of-the-tests-0123456789",
         "admin_key": ADMIN_KEY,
         "network": {"allow": ["127.0.0.0/8"]},

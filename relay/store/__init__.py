@@ -42,8 +42,9 @@ class Store:
     retention: Retention
 
 
-async def open_database(url: str, *, alone: bool = True) -> Database:
+async def open_database(url: str, *, alone: bool = True, patience: float = 0) -> Database:
     """The database that `database:` names; not `alone`, beside the relay that runs on it, for a word with it.
+    `patience`: for so many seconds a server that is not there yet is waited for.
 
     Raises ConfigError when it cannot be opened, DatabaseInUse when another relay runs on it.
     """
@@ -54,10 +55,13 @@ async def open_database(url: str, *, alone: bool = True) -> Database:
             from relay.store.postgres import PostgreSQL  # an extra: only who uses it needs it
         except ImportError as error:
             raise ConfigError(
-                "database: PostgreSQL needs the extra: pip install 'relay[postgres]'"
+                "database: PostgreSQL needs the extra: pip install 'relay-notifier[postgres]'"
             ) from error
-        return await PostgreSQL.open(url)
-    raise ConfigError("database: write sqlite:///relay.db, or sqlite:////absolute/path/relay.db")
+        return await PostgreSQL.open(url, patience=patience)
+    raise ConfigError(
+        "database: write sqlite:///relay.db, sqlite:////absolute/path/relay.db"
+        " or postgresql://user:password@host:5432/database"
+    )
 
 
 def store_on(database: Database) -> Store:

@@ -33,18 +33,19 @@ class Database(Protocol):
 
     skip_locked: str  # what a claim's SELECT ends with where rows can be locked
     alone: bool  # whether no other relay can be using it
+    name: str  # where it is, without a credential
+    dialect: str  # `0001_start.<dialect>.sql` is applied with `0001_start.sql`
+    finds_table: str  # the query that finds one row when there is a table :name
 
-    def write(self) -> AbstractAsyncContextManager[Transaction]:
-        """A transaction that may write; writers come one after another."""
+    def write(self, *, exclusive: bool = False) -> AbstractAsyncContextManager[Transaction]:
+        """A transaction that may write; one that is `exclusive` has waited until no other one is, of whatever
+        relay, and may take its time."""
 
     def read(self, *, browse: bool = False) -> AbstractAsyncContextManager[Transaction]:
         """For statements that change nothing; each sees what is committed when it begins.
 
         `browse`: one that may take long, and must not make the others wait.
         """
-
-    def migrating(self) -> AbstractAsyncContextManager[None]:
-        """While it is held, no other relay migrates."""
 
     async def notify(self, message: str) -> None:
         """Tells whoever listens on this database; at most 7,999 bytes."""

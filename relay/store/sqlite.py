@@ -28,8 +28,11 @@ class SQLite:
 
     skip_locked = ""  # there is only ever one writer
     alone = True
+    dialect = "sqlite"
+    finds_table = "SELECT name FROM sqlite_master WHERE type = 'table' AND name = :name"
 
-    def __init__(self, connections: Sequence[aiosqlite.Connection], lock: IO[str] | None) -> None:
+    def __init__(self, path: Path, connections: Sequence[aiosqlite.Connection], lock: IO[str] | None) -> None:
+        self.name = str(path)
         self._writer, self._reader, self._browser = connections
         self._connections, self._lock = connections, lock
         self._locks = {connection: asyncio.Lock() for connection in connections}
@@ -52,7 +55,7 @@ class SQLite:
             if lock is not None:
                 lock.close()
             raise ConfigError(f"database: {path} cannot be opened: {error}") from error
-        return cls(connections, lock)
+        return cls(path, connections, lock)
 
     async def close(self) -> None:
         # The last one to close checkpoints: that must be the writer.
@@ -60,10 +63,6 @@ class SQLite:
             await connection.close()
         if self._lock is not None:
             self._lock.close()
-
-    @asynccontextmanager
-    async def migrating(self) -> AsyncIterator[None]:
-        yield  # the lock on the file is enough
 
     async def notify(self, message: str) -> None:
         pass  # there is nobody else
@@ -77,7 +76,7 @@ class SQLite:
             await tx.execute("UPDATE tenants SET id = id WHERE id = ''")
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[Transaction]:
+    async def write(self, *, exclusive: bool = False) -> AsyncIterator[Transaction]:
         async with self._locks[self._writer], _transaction(self._writer) as transaction:
             yield transaction
 

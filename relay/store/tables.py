@@ -67,7 +67,7 @@ class Tables:
     async def begin(self, source: str, *, now: int) -> Copy:
         """A copy from `source` into this database, or the one that did not end. Raises ConfigError when the
         database holds anything else."""
-        async with self._db.migrating(), self._db.write() as tx:
+        async with self._db.write(exclusive=True) as tx:
             for row in await tx.fetch("SELECT id, source, position, ended_at FROM copies"):
                 if row["ended_at"] is not None:
                     raise ConfigError(f"database: a copy from {row['source']} into it has ended already")
