@@ -27,8 +27,9 @@ check: .venv/.installed-dev  ## Lint, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: .venv/.installed-dev  ## Measure: how fast, how soon, how fair (about ten minutes)
+bench: .venv/.installed-dev  ## Measure: how fast, how soon, how fair, on both databases (about half an hour)
 	$(BIN)/python -m bench.delivery --json bench/results.json
+	$(BIN)/python -m bench.scaling --json bench/results-scaling.json
 
 bench-polling: .venv/.installed-dev  ## Measure: how soon an end is known, for how many requests (some minutes)
 	$(BIN)/python -m bench.polling --plot docs/polling.svg
