@@ -119,7 +119,7 @@ class PostgreSQL:
     async def _listen(self, heard: Callable[[str], None]) -> None:
         while True:
             try:
-                connection = await self._hosts.connect()
+                connection = await self.connect()
                 try:
                     await connection.add_listener(_CHANNEL, lambda *said: heard(str(said[-1])))
                     while True:
