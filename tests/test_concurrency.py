@@ -268,6 +268,28 @@ async def test_keys_in_any_order_meet_without_anybody_giving_way(relays: Sequenc
     assert repeats() == 0
 
 
+async def test_jobs_and_names_in_any_order_meet_without_anybody_giving_way(
+    relays: Sequence[Store], repeats: Any
+):
+    for round_ in range(20):
+        names = [f"{round_}-{n}" for n in range(50)]
+        orders = [random.sample(names, len(names)) for _ in relays]
+        await asyncio.gather(
+            *(
+                relay.generations.create([Watch(a_generation(name)) for name in order])
+                for relay, order in zip(relays, orders, strict=True)
+            )
+        )
+        await asyncio.gather(
+            *(
+                published(relay, *[an_event(name=name) for name in order])
+                for relay, order in zip(relays, orders, strict=True)
+            )
+        )
+    assert (await count(relays[0], "generations"), await count(relays[0], "events")) == (1000, 1000)
+    assert repeats() == 0
+
+
 async def test_a_key_gives_what_watched_the_job_or_had_the_name_before(relays: Sequence[Store]):
     before = await watched(relays[0], "job-1")
     [event] = await published(relays[0], an_event(name="1"))
@@ -550,6 +572,31 @@ async def test_an_endpoint_that_several_relays_give_up_at_once_is_announced_once
         (ill.id, "failed"): 2,
         (ill.id, "canceled"): 4,
     }
+
+
+async def test_health_that_several_relays_note_in_any_order_makes_nobody_give_way(
+    relays: Sequence[Store], repeats: Any
+):
+    for _ in range(8):
+        await registered(relays[0], event_types=["a.b"])
+    await published(relays[0], *[an_event() for _ in range(4)])
+    claimed = await claimed_deliveries(relays[0])
+    luck = random.Random(1)  # noqa: S311
+    for _ in range(50):
+        await asyncio.gather(
+            *(
+                relay.deliveries.settle(
+                    [
+                        # Of nobody's delivery: only the health is noted.
+                        settlement(one, lease="none", endpoint_is_well=luck.choice([True, False]))
+                        for one in luck.sample(claimed, len(claimed))
+                    ],
+                    now=NOW,
+                )
+                for relay in relays
+            )
+        )
+    assert repeats() == 0
 
 
 # Deliveries.

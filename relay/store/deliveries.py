@@ -347,28 +347,22 @@ def _refusal(row: Row, *, now: int) -> Conflict:
 
 async def _note_health(tx: Transaction, settlements: Sequence[Settlement], now: int) -> None:
     """Since when every attempt of an endpoint has failed: written when that changes."""
-    news = {
-        one.endpoint_id: one for one in settlements if one.endpoint_id and one.endpoint_is_well is not None
-    }
+    told = [one for one in settlements if one.endpoint_id and one.endpoint_is_well is not None]
     # One success is enough, also when a failure came after it in the same write.
-    well = {one.endpoint_id for one in settlements if one.endpoint_id and one.endpoint_is_well}
+    well = {one.endpoint_id: {"since": None, "event_id": None} for one in told if one.endpoint_is_well}
+    last = {one.endpoint_id: one for one in told}
+    ill = {
+        name: {"since": now, "event_id": one.event_id}
+        for name, one in last.items()
+        if not one.endpoint_is_well
+    }
+    news = [{"id": name, **values} for one in (well, ill) for name, values in one.items()]
     await tx.execute_many(
         """
-        UPDATE endpoints SET failing_since = NULL, failing_event = NULL
-        WHERE id = :id AND failing_since IS NOT NULL
+        UPDATE endpoints SET failing_since = :since, failing_event = :event_id
+        WHERE id = :id AND (failing_since IS NULL) = (CAST(:since AS BIGINT) IS NOT NULL)
         """,
-        [{"id": name} for name in sorted(well)],
-    )
-    await tx.execute_many(
-        """
-        UPDATE endpoints SET failing_since = :now, failing_event = :event_id
-        WHERE id = :id AND failing_since IS NULL
-        """,
-        [
-            {"id": name, "now": now, "event_id": one.event_id}
-            for name, one in sorted(news.items())
-            if not one.endpoint_is_well
-        ],
+        sorted(news, key=itemgetter("id")),
     )
 
 
