@@ -181,14 +181,14 @@ async def test_the_log_says_once_that_it_began_and_once_that_it_is_over(
         return Counter(one.tick for one in caplog.records if one.message == line)  # type: ignore[attr-defined]
 
     async with down(server):
-        await until(lambda: len(said("store.unavailable")) == 2)
+        await until(lambda: len(said("store.unavailable")) == 3)
         for _ in range(5):
             await relay.api.get("/readyz")
         await asyncio.sleep(2)  # eight beats of every tick
-    await until(lambda: len(said("store.available")) == 2, timeout=SOON)
-    assert said("store.unavailable") == said("store.available") == {"poll": 1, "deliver": 1}
+    await until(lambda: len(said("store.available")) == 3, timeout=SOON)
+    assert said("store.unavailable") == said("store.available") == {"poll": 1, "deliver": 1, "hold": 1}
     ours = [one for one in caplog.records if one.name.startswith("relay.") and one.levelno >= logging.WARNING]
-    assert len(ours) == 4
+    assert len(ours) == 6
     assert not any(one.exc_info for one in caplog.records)
 
 
