@@ -27,6 +27,9 @@ from tests.postgres import (
 )
 from tests.serving import Subscriber, listener, origin_of, serving
 
+# How long an example takes is the machine's affair.
+hypothesis_settings.register_profile("relaxed", deadline=None)
+hypothesis_settings.load_profile("relaxed")
 hypothesis_settings.register_profile("thorough", max_examples=3000, deadline=None)
 ADMIN_KEY = "admin-key-of-the-tests"
 

@@ -129,6 +129,7 @@ class Deliveries:
         async with self._db.write() as tx:
             await tx.execute_many(_RELEASE, sorted(rows, key=itemgetter("id")))
 
+    @repeated
     async def recover(self, destinations: Collection[str] | None = None, *, now: int) -> int:
         """Makes due now what was being sent to these destinations, or to any, without waiting for its leases;
         returns how many.

@@ -281,6 +281,7 @@ class Generations:
             )
             return await _claimed(tx, list(wanted), lease=lease, lease_until=lease_until)
 
+    @repeated
     async def recover(self, accounts: Collection[str], *, now: int) -> int:
         """Makes due now what was being asked about at these accounts, where no relay can be asking."""
         if not accounts:
