@@ -94,6 +94,7 @@ async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
             relay.ingest.stop_waiting()
             relay.poller.stop_claiming()
             relay.deliverer.stop_claiming()
+            relay.holder.wind_down()
 
         server.stop_on_signals(wind_down)
         gc.freeze()
@@ -133,13 +134,17 @@ async def running(
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
         await relay.holder.start()
+        metronome = _metronome(relay)
+        stack.callback(metronome.shutdown, wait=False)
         stack.push_async_callback(relay.bell.flush)
         stack.push_async_callback(relay.holder.stop)
         # In the order of their ends: polls first, then what they recorded, then what is being delivered.
         stack.push_async_callback(relay.deliverer.stop)
         stack.push_async_callback(relay.ingest.flush)
         stack.push_async_callback(relay.poller.stop)
-        stack.callback(_metronome(relay).shutdown, wait=False)
+        stack.callback(relay.holder.wind_down)
+        # A shutdown would cancel the ticks under way, and what they have just claimed would be nobody's.
+        stack.callback(metronome.pause)
         yield relay
 
 
@@ -250,6 +255,8 @@ def _listener(relay: Relay) -> Callable[[str], None]:
                 relay.deliverer.wake()
             case "generations" if int(which) in relay.shards.staying:
                 relay.poller.wake()
+            case "account" if int(which) in relay.shards.staying:
+                relay.poller.lend()
             case "endpoint":
                 relay.deliverer.forget(which)
             case "shards":

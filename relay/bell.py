@@ -1,6 +1,7 @@
 """The bell: relays tell each other that there is something to do, through the database that they share.
 
-A hint only. Whatever it says is in the database too, and is found within a tick without it.
+A hint only: what there is to do is in the database too, and is found within a tick without it. Of an endpoint
+that has changed, what is in hand goes out as it was then.
 """
 
 import asyncio

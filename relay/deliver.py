@@ -59,7 +59,7 @@ class Deliverer:
         concurrency: int,
         endpoint_concurrency: int,
         shards: Held,
-        ring: Callable[[str, int], None],
+        ring: Callable[[str, int | str], None],
         renew: Callable[[str, int], Awaitable[bool]],
         now: Callable[[], int],
     ) -> None:
@@ -81,7 +81,7 @@ class Deliverer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._renewing: dict[asyncio.Task[None], Claimed] = {}
         self._claiming = asyncio.Lock()
-        self._over = asyncio.Event()  # an attempt has ended
+        self._over = asyncio.Event()  # an attempt has ended and is settled
         self._swept_to = ""
         self._woken = self._stopping = False
 
@@ -128,9 +128,10 @@ class Deliverer:
             lane = self._lanes.get(one.destination)
             if lane is None:
                 lane = self._lanes[one.destination] = Lane()
-                if one.rate_limit is not None:
-                    # Another relay may have sent something just before.
-                    lane.next_at = self._shards.since(one.destination) + 1000 / one.rate_limit
+            if one.rate_limit is not None:
+                # Another relay may have sent something just before it became ours.
+                first = self._shards.since(one.destination) + 1000 / one.rate_limit
+                lane.next_at = max(lane.next_at, first)
             lane.put(one)
             self._held += 1
             self._held_bytes += len(one.body)
@@ -173,8 +174,14 @@ class Deliverer:
             self._woken = True
             self._spawn(self.tick())
 
+    def changed(self, endpoint_id: str) -> None:
+        """The endpoint has changed: whoever sends to it forgets what it holds of it."""
+        if not self._shards.covers(endpoint_id, self._now()):
+            self._ring("endpoint", endpoint_id)
+        self.forget(endpoint_id)
+
     def forget(self, endpoint_id: str) -> None:
-        """The endpoint has changed: what waits for it here goes back to the store, to be read anew."""
+        """What waits here for the endpoint goes back to the store, to be read anew."""
         lane = self._lanes.get(endpoint_id)
         if lane is None:
             return
@@ -201,17 +208,20 @@ class Deliverer:
 
     async def let_go(self, shards: Collection[int]) -> None:
         """Returns when nothing is on its way to the destinations of these shards, which it does not hold any
-        more; what waits here goes back to the store."""
+        more, and how it ended is written; what waits here goes back to the store."""
         async with self._claiming:
             pass  # what is being claimed is among it
         lanes = {name: lane for name, lane in self._lanes.items() if shard_of(name) in shards}
         for name, lane in lanes.items():
-            if lane.waiting:
-                await self._store.deliveries.release(self._empty(lane), now=self._now())
-            while lane.sending:
-                self._over.clear()
-                await self._over.wait()
-            self._lanes.pop(name, None)
+            # What was promised to be taken before may still be put in.
+            while lane.waiting or lane.unsettled:
+                if lane.waiting:
+                    await self._store.deliveries.release(self._empty(lane), now=self._now())
+                else:
+                    self._over.clear()
+                    await self._over.wait()
+            if self._lanes.get(name) is lane:
+                del self._lanes[name]
 
     def stop_claiming(self) -> None:
         """What is under way goes on."""
@@ -248,9 +258,12 @@ class Deliverer:
             for name, lane in list(self._lanes.items()):
                 if lane.is_idle(now, self._most):
                     del self._lanes[name]
-        names = {name for name, is_due in found if is_due and self._shards.covers(name, self._deadline())}
+        names = {name for name, is_due in found if is_due}
         names |= {name for name, lane in self._lanes.items() if lane.backlog}
-        rooms = {name: self._room(self._lanes.get(name)) for name in names}
+        deadline = self._deadline()
+        rooms = {
+            name: self._room(self._lanes.get(name)) for name in names if self._shards.covers(name, deadline)
+        }
         return {name: room for name, room in rooms.items() if room > 0}
 
     def _room(self, lane: Lane | None) -> int:
@@ -314,6 +327,7 @@ class Deliverer:
                 self._offer(name, lane)
                 continue
             lane.sending += 1
+            lane.unsettled += 1
             self._sending += 1
             self._retrying += one.is_retry
             lane.rate_limit = one.rate_limit
@@ -371,7 +385,6 @@ class Deliverer:
             self._sending -= 1
             lane.sending -= 1
             lane.begun.pop(one.id, None)
-            self._over.set()
             self._unproven -= unproven
             if answer is not None:
                 news = self._learn(lane, one, answer)
@@ -383,6 +396,8 @@ class Deliverer:
             if answer is not None:
                 await self._log_and_settle(one, answer, news)
         finally:
+            lane.unsettled -= 1
+            self._over.set()
             self._held -= 1
             self._held_bytes -= len(one.body)
             if lane.backlog and lane.held <= lane.room(self._now(), self._most):

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 
+from relay.errors import StoreError
 from relay.shard import FOREVER, SHARDS, Held, share
 from relay.store import Store
 
@@ -36,7 +37,7 @@ class Holder:
         self._take, self._let_go, self._changed, self._now = take, let_go, changed, now
         self._beating = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self._woken = self._stopping = False
 
     async def start(self) -> None:
         """Holds everything at once and for ever where no other relay can be; else begins to take part."""
@@ -51,24 +52,23 @@ class Holder:
     async def beat(self) -> None:
         """Stays alive, takes what is free, gives away what is more than a fair share; idempotent."""
         async with self._beating:
+            self._woken = False
             if self._stopping or self._store.database.alone:
                 return
-            now, before = self._now(), set(self._held.numbers)
+            now, before, staying = self._now(), set(self._held.numbers), set(self._held.staying)
             beat = await self._store.shards.beat(self._relay, now=now, lease=self._lease)
             if beat.ahead > CLOCKS_DIFFER:
                 log.warning("relay.clocks_differ", extra={"ms": beat.ahead})
-            if lost := set(self._held.staying).difference(beat.held):
-                self._held.lose(lost)
+            # What is about to go anyway may have gone meanwhile.
+            if lost := staying.difference(beat.held):
+                self._held.leave(lost)
                 self._spawn(self._drop(lost))
             self._held.renew(until=now + self._lease)
             if fresh := set(beat.held) - before:
                 await self._take(fresh)
-                self._held.take(fresh, since=now, until=now + self._lease)
+                self._held.take(fresh, since=self._now(), until=now + self._lease)
             surplus = sorted(self._held.staying)[share(beat.relays) :]
-            if surplus:
-                self._held.leave(surplus)
-                for number in surplus:
-                    self._spawn(self._give(number))
+            self._begin_to_give(surplus)
             if lost or fresh or surplus or beat.relays != self._held.relays:
                 said = {"held": len(self._held.staying), "relays": beat.relays}
                 log.info("relay.shards", extra=said)
@@ -76,33 +76,64 @@ class Holder:
 
     def wake(self) -> None:
         """Beats now rather than at the next tick."""
-        if not self._stopping and not self._store.database.alone:
+        if not self._stopping and not self._woken and not self._store.database.alone:
+            self._woken = True
             self._spawn(self.beat())
 
-    async def stop(self) -> None:
-        """Gives everything away; nothing of it may be under way any more."""
+    def wind_down(self) -> None:
+        """Takes nothing more, and gives each shard away as soon as nothing of it is under way."""
+        if not self._stopping and not self._store.database.alone:
+            self._spawn(self._give_all())
         self._stopping = True
-        async with self._beating:
-            pass
-        for task in self._tasks:
-            task.cancel()
-        if not self._store.database.alone:
+
+    async def stop(self) -> None:
+        """Returns when everything is given away; nothing of it may be under way any more."""
+        self.wind_down()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._store.database.alone:
+            return
+        try:
             await self._store.shards.leave(self._relay)
-            self._changed()
+        except StoreError as error:
+            # It runs out by itself.
+            log.error("relay.shards_kept: %s", error)
+        self._changed()
+
+    async def _give_all(self) -> None:
+        async with self._beating:
+            pass  # what is being taken is among it
+        numbers = sorted(self._held.staying)
+        self._held.leave(numbers)
+        # The others have room for it as soon as this one does not count.
+        await self._store.shards.retire(self._relay)
+        self._begin_to_give(numbers)
+
+    def _begin_to_give(self, numbers: Collection[int]) -> None:
+        self._held.leave(numbers)
+        for number in numbers:
+            self._spawn(self._give(number))
 
     async def _give(self, number: int) -> None:
         try:
             await self._let_go([number])
-            await self._store.shards.release(self._relay, [number])
-            self._held.lose([number])
-        finally:
-            # If it could not be given away, the next beat sees that it is too many again.
+        except BaseException:
+            # It is this relay's still, and too many again at the next beat.
             self._held.stay([number])
+            raise
+        try:
+            await self._store.shards.release(self._relay, [number])
+        finally:
+            # Nobody knows whether a release that failed was one: the next beat says so.
+            self._held.lose([number])
         self._changed()
 
     async def _drop(self, numbers: Collection[int]) -> None:
         log.warning("relay.shards_lost", extra={"shards": len(numbers)})
-        await self._let_go(numbers)
+        try:
+            await self._let_go(numbers)
+        finally:
+            self._held.lose(numbers)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -27,6 +27,7 @@ class Lane:
     fresh: deque[Claimed] = field(default_factory=deque)
     retries: deque[Claimed] = field(default_factory=deque)
     sending: int = 0
+    unsettled: int = 0  # in flight, or answered and not yet written
     breaker: Breaker = field(default_factory=Breaker)
     ready: bool = False  # in the ring of those whose turn comes, or waiting for a moment
     backlog: bool = False  # more of it is due in the store
@@ -69,7 +70,7 @@ class Lane:
     def is_idle(self, now: int, most: int) -> bool:
         """Whether forgetting it loses nothing."""
         healthy = self.breaker.slots(now, most) == most and not self.breaker.failures
-        return not self.held and healthy and not self.backlog and self.next_at <= now
+        return not self.held and not self.unsettled and healthy and not self.backlog and self.next_at <= now
 
     def put(self, one: Claimed) -> None:
         (self.retries if one.is_retry else self.fresh).append(one)

@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 from uuid import uuid4
 
 from relay.asker import Asker
 from relay.batch import insist
-from relay.budget import Budget
+from relay.budget import AT_ONCE, Budget
 from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
 from relay.generation import ENDINGS, OPEN, Generation, LearnedBy, Update
 from relay.health import Health, Status
@@ -20,14 +22,20 @@ from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, f
 from relay.shard import Held, shard_of
 from relay.standing import Standing
 from relay.store import Store
+from relay.store.accounts import Kept
 
 log = logging.getLogger(__name__)
 LEASE = 60_000
 OVERDUE = 100
 # Without a request to spare for so long, what is overdue is over unasked.
 UNASKED_AFTER = 60_000
-# What is known of the accounts is written down so often.
-KEPT_EVERY = 1_000
+# What is known of the accounts is written down so often, and what others know is read.
+KEPT_EVERY = 700
+# Who wants to borrow a request looks for it after so many seconds each; soon after that it is void.
+BORROWING = (0.03, 0.05, 0.1, 0.2, 0.4, 0.7)
+LENT_FOR = 2_000
+# Whether there are generations of accounts that are not configured is looked up so often.
+STRANGERS_EVERY = 60_000
 # No request begins so short before the account may be another relay's.
 BEFORE_LOSS = 5_000
 # Of an account's past so much is read at the start to learn from.
@@ -62,14 +70,13 @@ class Poller:
         self._asking: set[asyncio.Task[None]] = set()
         self._tick = asyncio.Lock()
         self._over = asyncio.Event()  # a visit has ended
-        self._kept_at = 0
+        self._kept_at = self._looked_at = 0
         self._news: set[str] = set()  # accounts of which something is not written down yet
         self._woken = self._stopping = False
 
     async def resume(self) -> None:
         """Goes on where the last relay stopped: budgets, health, and what its generations have taught."""
-        watched = await self._store.generations.watching_accounts()
-        self._strangers = [name for name in watched if name not in self._accounts]
+        await self._look_for_strangers()
         if not self._store.database.alone:
             await self._study(self._accounts)
 
@@ -93,7 +100,7 @@ class Poller:
         while any(self.standings[name].under_way for name in names):
             self._over.clear()
             await self._over.wait()
-        await self._write_down(names, {})
+        await self._write_down(names, {}, {})
 
     def first_ask(self, account: Account, *, deadline_at: int, job_known: bool, awaits_callback: bool) -> Ask:
         """When a generation that is now being watched is asked about first."""
@@ -114,6 +121,11 @@ class Poller:
         elif not self._stopping and not self._woken:
             self._woken = True
             self._spawn(self.tick())
+
+    def lend(self) -> None:
+        """Somebody wants to borrow requests: that cannot wait until they are written down anyway."""
+        self._kept_at = 0
+        self.wake()
 
     async def tick(self) -> None:
         """Claims what is due, of each account as much as may be asked now, and begins to ask; idempotent."""
@@ -138,6 +150,8 @@ class Poller:
             if now >= self._kept_at + KEPT_EVERY or now < self._kept_at:
                 self._kept_at = now
                 await self._keep()
+            if not self._store.database.alone and not 0 <= now - self._looked_at < STRANGERS_EVERY:
+                await self._look_for_strangers()
 
     async def refresh(self, generation: Generation) -> Generation | None:
         """Asks now, whatever the schedule says; the generation afterwards, None when it is gone.
@@ -245,18 +259,24 @@ class Poller:
             standing.budget.hear(reply.status, reply.headers, self._now())
             update = self._asker.read(account, reply)
         except ProviderError as error:
-            self._note(account, standing, error)
+            await self._learn(account, standing, error)
             raise
-        self._note(account, standing, None)
+        await self._learn(account, standing, None)
         return update
 
+    async def _learn(self, account: Account, standing: Standing, error: ProviderError | None) -> None:
+        """How the account is, by a request; its holder learns of what is news."""
+        if self._shards.covers(account.name, self._now()):
+            self._note(account, standing, error)
+        elif error is not None or standing.health.failures or standing.health.status is not Status.OK:
+            await self._store.accounts.tell(account.name, _told(error, self._now()))
+
     def _note(self, account: Account, standing: Standing, error: ProviderError | None) -> None:
-        if not self._shards.covers(account.name, self._now()):
-            return  # its holder will see for itself
         before = standing.health.status
         standing.health = standing.health.after(error, now=self._now(), spread=_spread())
         self._news.add(account.name)
         if (before is Status.OK) is not (standing.health.status is Status.OK):
+            self._kept_at = 0
             self._spawn(self._changed(account, standing.health))
 
     async def _ask(
@@ -396,55 +416,99 @@ class Poller:
             _check(budget, now)
             budget.take(now)
         elif budget.is_limited:
-            if not await self._store.accounts.borrow(name):
-                raise Limited("this account's requests are used up for the moment", retry_after=KEPT_EVERY)
+            _check(budget, now)
+            await self._borrow(name)
         else:
             _check(budget, now)
             await self._store.accounts.draw(name)
 
+    async def _borrow(self, name: str) -> None:
+        """Makes a request that the account's holder books. Raises Limited when it does not in time."""
+        await self._store.accounts.want(name)
+        self._ring("account", shard_of(name))
+        for seconds in BORROWING:
+            await asyncio.sleep(seconds)
+            if await self._store.accounts.borrow(name):
+                return
+        wait = max(KEPT_EVERY, self.standings[name].budget.wait(self._now()))
+        raise Limited("this account's requests are used up for the moment", retry_after=wait)
+
     async def _keep(self) -> None:
-        """Writes down what is new of the accounts that it holds, and reads what others wrote of theirs."""
-        kept, lent = await self._store.accounts.kept(), dict[str, int]()
+        """Writes down what is new of the accounts that it holds, and reads what others wrote."""
+        kept, lent, seen = await self._store.accounts.kept(), dict[str, int](), dict[str, Kept]()
         held = self._held(self._now())
         for name, one in kept.items():
             if name in held:
-                lent[name] = self._lend(held[name], one.lent)
-                if lent[name]:
+                lent[name], answered = self._lend(held[name], one)
+                seen[name] = replace(one, wanted=answered)
+                if one.heard is not None:
+                    self._hear(self._accounts[name], held[name], one.heard)
+                if lent[name] or answered or one.heard is not None:
                     self._news.add(name)
-            elif name in self.standings and not self._shards.covers(name, self._now()):
-                self.standings[name].resume(one.state)
-                self.standings[name].lent = one.lent
+            elif name in self.standings and not self._shards.has(name):
+                self.standings[name].observe(one.state, one.lent)
+        # Whoever hung while it took an account may have put its name to it later.
+        await self._store.accounts.take(
+            [name for name in held if name in kept and kept[name].holder != self._relay],
+            holder=self._relay,
+            now=self._now(),
+        )
         names, self._news = self._news, set()
         try:
-            await self._write_down([name for name in names if name in held], lent)
+            await self._write_down([name for name in names if name in held], lent, seen)
         except BaseException:
-            # Also when a tick is canceled because the relay stops: it is written down with what comes next.
+            # It is written down with what comes next.
             self._news |= names
             raise
 
-    def _lend(self, standing: Standing, lent: int) -> int:
-        """How many requests more others may make, beside so many; books them, and what they made unasked."""
+    def _lend(self, standing: Standing, kept: Kept) -> tuple[int, int]:
+        """How many requests more others may make, and how many of those that they want are answered so. Books
+        what is lent, and what was made unasked; what was not fetched in time is void."""
         now, budget = self._now(), standing.budget
-        more = max(0, -lent)
-        if not self._store.database.alone:
-            more += standing.lendable(max(0, lent), now) - max(0, lent)
+        debt, lent = max(0, -kept.lent), max(0, kept.lent)
+        for _ in range(debt):
+            budget.take(now)
+        more = max(0, min(kept.wanted, budget.available(now), AT_ONCE - lent))
         for _ in range(more):
             budget.take(now)
-        standing.lent = lent + more
-        return more
+        if more or not (kept.wanted or lent):
+            standing.lent_at = now
+        is_void = not 0 <= now - standing.lent_at <= LENT_FOR
+        more -= lent if is_void else 0
+        standing.lent = kept.lent + debt + more
+        return debt + more, kept.wanted if is_void else max(0, more)
 
-    async def _write_down(self, names: Collection[str], lent: Mapping[str, int]) -> None:
+    def _hear(self, account: Account, standing: Standing, told: Mapping[str, Any]) -> None:
+        """What another relay was answered for a request with the account."""
+        error = None
+        if told.get("code") is not None:
+            error = ProviderError(told["code"], told["message"], retry_after=told["retry_after"])
+            if error.code == "rate_limited":
+                headers = {"retry-after": str(math.ceil((error.retry_after or 0) / 1000))}
+                standing.budget.hear(429, headers, self._now())
+        self._note(account, standing, error)
+
+    async def _look_for_strangers(self) -> None:
+        watched = await self._store.generations.watching_accounts()
+        self._strangers = [name for name in watched if name not in self._accounts]
+        self._looked_at = self._now()
+
+    async def _write_down(
+        self, names: Collection[str], lent: Mapping[str, int], seen: Mapping[str, Kept]
+    ) -> None:
         if names:
             states = {name: self.standings[name].kept() for name in names}
-            await self._store.accounts.keep(states, lent, holder=self._relay, now=self._now())
+            await self._store.accounts.keep(states, lent, seen, holder=self._relay, now=self._now())
 
     async def _study(self, names: Iterable[str]) -> None:
         """How accounts were left, and what their generations have taught."""
         kept = await self._store.accounts.kept()
         for name in names:
             standing = self.standings[name] = _unknown(self._accounts[name])
+            standing.lent_at = self._now()
             if name in kept:
                 standing.resume(kept[name].state)
+                standing.lent = kept[name].lent
             for generation in await self._store.generations.ended(name, limit=LEARNED_FROM):
                 standing.learn(generation)
 
@@ -456,6 +520,13 @@ def _unknown(account: Account) -> Standing:
 def _check(budget: Budget, now: int) -> None:
     if wait := budget.wait(now):
         raise Limited("this account's requests are used up for the moment", retry_after=wait)
+
+
+def _told(error: ProviderError | None, now: int) -> Mapping[str, Any]:
+    """What one relay tells another of an answer, or of the lack of one."""
+    if error is None:
+        return {"at": now}
+    return {"at": now, "code": error.code, "message": str(error), "retry_after": error.retry_after}
 
 
 def _spread() -> float:

@@ -47,6 +47,10 @@ class Held:
         number = shard_of(name)
         return number not in self._leaving and self._until.get(number, -1) >= until
 
+    def has(self, name: str) -> bool:
+        """Whether an account or a destination is this relay's, though it may be about to be given away."""
+        return shard_of(name) in self._until
+
     def since(self, name: str) -> int:
         """Since when it has been; another relay may have used it until then."""
         return self._since.get(shard_of(name), 0)

@@ -28,6 +28,7 @@ class Standing:
     health: Health = field(default_factory=Health)
     under_way: int = 0
     lent: int = 0  # so many requests are booked for others to make
+    lent_at: int = 0  # when all was well between lender and borrowers
     short: bool = False  # more was due than might be asked, at the last look
     experience: Experience = field(init=False)
 
@@ -45,15 +46,6 @@ class Standing:
         """Milliseconds until a request may be made."""
         paused = 0 if self.health.may_ask(now) else self.health.paused_until - now
         return max(self.budget.wait(now), paused)
-
-    def lendable(self, lent: int, now: int) -> int:
-        """How many requests others should have, who have so many now, for what cannot wait for this relay:
-        those of a second. An account without a limit needs to lend none."""
-        if self.health.status is not Status.OK or now < self.budget.paused_until:
-            return 0
-        if not self.budget.is_limited:
-            return 0
-        return min(lent + self.budget.available(now), max(1, (self.budget.per_minute or 0) // 60))
 
     def plan(self, generation: Generation | None = None) -> Plan | None:
         """What is known of how long a job takes; None when that is nothing."""
@@ -88,6 +80,12 @@ class Standing:
     def resume(self, kept: Mapping[str, Any]) -> None:
         self.budget.resume(kept.get("budget", {}))
         self.health = Health.resumed(kept.get("health", {}))
+
+    def observe(self, kept: Mapping[str, Any], lent: int) -> None:
+        """As another relay, which asks with it, has written it down."""
+        self.resume(kept)
+        self.health = replace(self.health, paused_until=kept.get("health", {}).get("paused_until", 0))
+        self.lent = lent
 
 
 def how_long(generation: Generation) -> Seen | None:

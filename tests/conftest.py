@@ -16,6 +16,8 @@ from hypothesis import settings as hypothesis_settings
 from relay.app import build
 from relay.config import Settings, read_config
 from relay.simulator import Simulator
+from relay.store import open_database
+from tests.fleet import Fleet
 from tests.postgres import (
     TEMPLATE,
     WHY_MISSING,
@@ -211,3 +213,15 @@ async def world(tmp_path: Path, clock: Clock) -> AsyncIterator[World]:
         simulator_origin = await stack.enter_async_context(serving(simulator.app))
         subscriber.origin = await stack.enter_async_context(serving(subscriber.app))
         yield World(simulator, simulator_origin, subscriber, tmp_path, clock, stack)
+
+
+@pytest.fixture
+async def fleet(world: World, cluster: Cluster) -> AsyncIterator[Fleet]:
+    """Relays that are yet to join, over a PostgreSQL of their own."""
+    url = cluster.database()
+    database = await open_database(url)
+    fleet = Fleet(world, url, database)
+    yield fleet
+    await fleet.close()
+    await database.close()
+    cluster.drop(url)

@@ -284,7 +284,7 @@ def ingest_of(store: Store, now: Time, accepted: list[Claimed] | None = None, *,
     return Ingest(
         store,
         handoff=lambda: taking(room, now=now()),
-        accept=taken.extend,
+        accept=lambda claimed, handoff: taken.extend(claimed),
         progress_interval=INTERVAL,
         now=now,
     )

@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -14,9 +14,11 @@ from relay.hold import Holder
 from relay.shard import FOREVER, SHARDS, Held, shard_of, share
 from relay.store import Store, open_database, store_on
 from relay.store.migrate import migrate
+from relay.store.shards import Shards
 
 NOW = 1_700_000_000_000
 LEASE = 20_000
+NAMES = [f"ep_{number}" for number in range(500)]
 
 
 @pytest.fixture
@@ -127,6 +129,28 @@ async def test_no_more_is_borrowed_than_was_lent_and_what_was_drawn_is_a_debt(st
     assert {name: one.lent for name, one in (await store.accounts.kept()).items()} == {"luma": -1}
 
 
+async def test_what_is_wanted_and_heard_is_there_until_the_holder_has_seen_it(store: Store):
+    accounts = store.accounts
+    await accounts.take(["luma"], holder="a", now=NOW)
+    for _ in range(3):
+        await accounts.want("luma")
+    await accounts.tell("luma", {"at": 1, "code": "unauthorized"})
+    seen = await accounts.kept()
+    assert (seen["luma"].wanted, seen["luma"].heard, seen["luma"].holder) == (
+        3,
+        {"at": 1, "code": "unauthorized"},
+        "a",
+    )
+    await accounts.want("luma")
+    await accounts.keep({"luma": {}}, {"luma": 2}, seen, holder="a", now=NOW)
+    after = (await accounts.kept())["luma"]
+    assert (after.lent, after.wanted, after.heard) == (2, 1, None)
+    # What was heard later than it was seen stays.
+    await accounts.tell("luma", {"at": 2})
+    await accounts.keep({"luma": {}}, {}, seen, holder="a", now=NOW)
+    assert (await accounts.kept())["luma"].heard == {"at": 2}
+
+
 @dataclass
 class Member:
     """One relay of several, as far as its shards go."""
@@ -135,8 +159,21 @@ class Member:
     held: Held
     taken: list[Collection[int]] = field(default_factory=list)
     trouble: int = 0  # so often it cannot let go
+    stuck: set[int] = field(default_factory=set)  # of these something is under way
     let_go: list[int] = field(default_factory=list)
     may_go: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Broken(Shards):
+    """Loses the connection when it has released a shard, so often."""
+
+    trouble = 0
+
+    async def release(self, relay: str, numbers: Collection[int]) -> None:
+        await super().release(relay, numbers)
+        if self.trouble:
+            self.trouble -= 1
+            raise StoreError("the connection is lost")
 
 
 class Time:
@@ -155,6 +192,7 @@ def member(store: Store, name: str, time: Time) -> Member:
 
     async def let_go(numbers: Collection[int]) -> None:
         await one.may_go.wait()
+        await until(lambda: not one.stuck.intersection(numbers))
         if one.trouble:
             one.trouble -= 1
             raise StoreError("the database is away")
@@ -166,6 +204,12 @@ def member(store: Store, name: str, time: Time) -> Member:
     one = Member(holder, held)
     one.may_go.set()
     return one
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():  # noqa: ASYNC110 # nobody tells when
+            await asyncio.sleep(0.01)
 
 
 async def eventually_held(one: Member, count: int, *others: Member) -> None:
@@ -234,9 +278,17 @@ async def test_a_relay_that_hung_knows_that_it_lost_everything(shared: Store):
     await b.holder.beat()
     assert len(b.held.numbers) == SHARDS
     assert not any(a.held.covers(f"ep_{number}", time.now) for number in range(100))
+    a.may_go.clear()
     await a.holder.beat()
-    assert set(a.held.numbers) == set()
+    assert set(a.held.staying) == set()
+    await b.holder.beat()
+    await until(lambda: len(b.held.numbers) == SHARDS // 2)
+    await a.holder.beat()
+    # Half of it is free again, but not taken while something of it is still under way.
+    assert not a.held.staying
+    a.may_go.set()
     await eventually_held(a, SHARDS // 2, b)
+    assert not set(a.held.numbers) & set(b.held.numbers)
 
 
 async def test_what_could_not_be_given_away_is_given_at_the_next_beat(shared: Store):
@@ -247,3 +299,53 @@ async def test_what_could_not_be_given_away_is_given_at_the_next_beat(shared: St
     await b.holder.start()
     await eventually_held(b, SHARDS // 2, a)
     assert not set(a.held.numbers) & set(b.held.numbers)
+
+
+async def test_a_shard_whose_release_failed_counts_as_gone_until_a_beat_says_otherwise(shared: Store):
+    time = Time()
+    broken = Broken(shared.database)
+    a, b = member(replace(shared, shards=broken), "a", time), member(shared, "b", time)
+    await a.holder.start()
+    broken.trouble = 3
+    await b.holder.start()
+    await a.holder.beat()
+    await until(lambda: len(a.held.numbers) == SHARDS // 2)
+    given = [number for number in range(SHARDS) if number not in a.held.numbers]
+    await b.holder.beat()
+    assert sorted(b.held.numbers) == given
+    assert not any(a.held.covers(name, time.now) for name in NAMES if shard_of(name) in given)
+
+
+async def test_a_relay_that_winds_down_gives_away_at_once_what_has_ended(shared: Store):
+    time = Time()
+    a, b = member(shared, "a", time), member(shared, "b", time)
+    await a.holder.start()
+    await b.holder.start()
+    await eventually_held(b, SHARDS // 2, a)
+    await eventually_held(a, SHARDS // 2, b)
+    stuck = min(b.held.numbers)
+    b.stuck.add(stuck)
+    b.holder.wind_down()
+    async with asyncio.timeout(10):
+        while len(a.held.staying) < SHARDS - 1:
+            await a.holder.beat()
+    assert set(b.held.numbers) == {stuck}
+    assert not b.held.staying
+    stopping = asyncio.create_task(b.holder.stop())
+    await a.holder.beat()
+    assert len(a.held.staying) == SHARDS - 1
+    b.stuck.clear()
+    await stopping
+    await a.holder.beat()
+    assert len(a.held.staying) == SHARDS
+    await b.holder.beat()
+    assert not b.held.numbers
+
+
+async def test_who_stops_while_the_database_is_away_stops_all_the_same(shared: Store):
+    time = Time()
+    a = member(shared, "a", time)
+    await a.holder.start()
+    await shared.database.close()
+    async with asyncio.timeout(10):
+        await a.holder.stop()

@@ -221,7 +221,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "tenant": "t", "key": "k", "request_hash": "h", "resource_id": "gen_1", "status": 201,
         "created_at": 1,
     },
-    "accounts": {"name": "luma", "state": "{}", "lent": 0, "holder": None, "updated_at": 1},
+    "accounts": {"name": "luma", "state": "{}", "lent": 0, "wanted": 0, "holder": None, "updated_at": 1},
 }  # fmt: skip
 
 

@@ -50,10 +50,15 @@ class Shards:
         async with self._db.write() as tx:
             await tx.execute_many(_RELEASE, rows)
 
+    async def retire(self, relay: str) -> None:
+        """The relay does not count any more; what it holds is its still, until it runs out."""
+        async with self._db.write() as tx:
+            await tx.execute(_RETIRE, relay=relay)
+
     async def leave(self, relay: str) -> None:
         """The relay is gone, and what it held is free."""
         async with self._db.write() as tx:
-            await tx.execute("DELETE FROM relays WHERE id = :relay", relay=relay)
+            await tx.execute(_RETIRE, relay=relay)
             await tx.execute(
                 "UPDATE shards SET holder = NULL, held_until = 0 WHERE holder = :relay", relay=relay
             )
@@ -74,6 +79,7 @@ _SEEN = """
     INSERT INTO relays (id, seen_at) VALUES (:relay, :now)
     ON CONFLICT (id) DO UPDATE SET seen_at = EXCLUDED.seen_at
 """
+_RETIRE = "DELETE FROM relays WHERE id = :relay"
 _RENEW = "UPDATE shards SET held_until = :until WHERE holder = :relay"
 _LIVE = "SELECT COUNT(*) AS live, COALESCE(MAX(seen_at), 0) AS latest FROM relays WHERE seen_at > :since"
 _TAKE = """

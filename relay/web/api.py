@@ -73,14 +73,14 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
     changed = await call.relay.store.endpoints.change(call.tenant, endpoint.id, given, now=call.relay.now())
     if changed is None:
         raise NotFound(f"no endpoint {endpoint.id}")
-    call.relay.deliverer.forget(endpoint.id)
+    call.relay.deliverer.changed(endpoint.id)
     return Result(200, r.EndpointResource.of(changed))
 
 
 async def delete_endpoint(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
     await call.relay.store.endpoints.delete(call.tenant, endpoint.id, now=call.relay.now())
-    call.relay.deliverer.forget(endpoint.id)
+    call.relay.deliverer.changed(endpoint.id)
     return Result(204)
 
 
@@ -95,7 +95,7 @@ async def disable_endpoint(call: Call[None, None]) -> Result:
     await call.relay.store.endpoints.disable(
         call.tenant, endpoint.id, reason="disabled by its owner", now=call.relay.now()
     )
-    call.relay.deliverer.forget(endpoint.id)
+    call.relay.deliverer.changed(endpoint.id)
     return await get_endpoint(call)
 
 
@@ -116,7 +116,7 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
     secret = call.body.secret or signature.new_secret()
     expires_at = now + call.body.overlap_seconds * 1000
     await call.relay.store.endpoints.rotate(call.tenant, endpoint.id, secret, expires_at=expires_at, now=now)
-    call.relay.deliverer.forget(endpoint.id)
+    call.relay.deliverer.changed(endpoint.id)
     return Result(200, r.SecretResource(secret=secret, previous_secret_expires_at=rfc3339(expires_at)))
 
 

@@ -119,6 +119,8 @@ CREATE TABLE accounts (
     name TEXT PRIMARY KEY,
     state TEXT NOT NULL,
     lent BIGINT NOT NULL,
+    wanted BIGINT NOT NULL,
+    heard TEXT,
     holder TEXT,
     updated_at BIGINT NOT NULL
 );
