@@ -18,8 +18,9 @@ demo: install  ## Watch Relay at work: simulated providers, a verifying subscrib
 test: .venv/.installed-dev tests/javascript/node_modules  ## Install what the tests need, and run all of them
 	$(BIN)/pytest -n 2 --dist loadgroup $(TESTS)
 
+# RELAY_THOROUGH: whole fleets are killed, restarted, hung and robbed of their database far more often.
 test-all: .venv/.installed-dev tests/javascript/node_modules  ## Run all of them with many more examples each
-	RELAY_REQUIRE_ALL_TESTS=1 $(BIN)/pytest -n 2 --dist loadgroup --hypothesis-profile thorough $(TESTS)
+	RELAY_REQUIRE_ALL_TESTS=1 RELAY_THOROUGH=1 $(BIN)/pytest -n 2 --dist loadgroup --hypothesis-profile thorough $(TESTS)
 
 check: .venv/.installed-dev  ## Lint, types and import rules
 	$(BIN)/ruff check .

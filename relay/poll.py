@@ -142,7 +142,7 @@ class Poller:
                 wanted, now=now, lease=uuid4().hex, lease_until=now + LEASE
             )
             for generation in due:
-                self._begin(generation, now, asks=True)
+                self._begin(generation, asks=True)
             got = Counter(generation.account for generation in due)
             for name, standing in held.items():
                 if rooms[name] > 0:
@@ -219,9 +219,12 @@ class Poller:
             wanted, now=now, lease=uuid4().hex, lease_until=now + LEASE
         )
         for generation in overdue:
-            self._begin(generation, now, asks=generation.account in rooms)
+            self._begin(generation, asks=generation.account in rooms)
 
-    def _begin(self, generation: Generation, now: int, *, asks: bool) -> None:
+    def _begin(self, generation: Generation, *, asks: bool) -> None:
+        now = self._now()
+        if not self._shards.covers(generation.account, now + BEFORE_LOSS):
+            return  # Claiming took long, and the account may be another's by now, who finds it in time.
         standing = self.standings.get(generation.account)
         if standing is not None:
             standing.under_way += 1

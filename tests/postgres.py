@@ -59,8 +59,8 @@ class Cluster:
         return f"postgresql://relay@127.0.0.1:{self.port}/{database}"
 
     def make_room(self) -> None:
-        """A directory and a port of its own."""
-        self.port = _free_port()
+        """A directory and a port of its own, unless it has one."""
+        self.port = self.port or _free_port()
         self.directory.mkdir(parents=True, exist_ok=True)
         if os.getuid() == 0:
             os.chown(self.directory, _owner().pw_uid, _owner().pw_gid)
@@ -82,6 +82,7 @@ class Cluster:
 
     def kill(self) -> None:
         """SIGKILL for the server and everything it started, as a crash would."""
+        self.signal(signal.SIGSTOP)  # and so nobody is born meanwhile
         pids = self.signal(signal.SIGKILL)
         # As long as one of them is there, so is their memory, and no other server starts.
         deadline = time.monotonic() + 10
@@ -118,9 +119,11 @@ class Cluster:
         self.query("SELECT pg_reload_conf()")
 
     @contextmanager
-    def standby(self) -> Iterator["Cluster"]:
-        """A server that follows this one, and has what was committed here, until it is promoted."""
-        standby = Cluster(self.directory.with_name(f"standby-{uuid4().hex[:6]}"), self.bin, self.settings)
+    def standby(self, *, port: int = 0) -> Iterator["Cluster"]:
+        """A server that follows this one, and has what was committed here, until it is promoted; at a free
+        port unless one is named."""
+        directory = self.directory.with_name(f"standby-{uuid4().hex[:6]}")
+        standby = Cluster(directory, self.bin, self.settings, port)
         standby.make_room()
         place = ("-h", "127.0.0.1", "-p", str(self.port), "-U", "relay")
         standby.run("pg_basebackup", *place, "-D", standby.data, "-R", "-X", "stream", "-c", "fast")
@@ -129,7 +132,8 @@ class Cluster:
         try:
             yield standby
         finally:
-            standby.stop()
+            if standby.is_running:
+                standby.stop()
 
     def promote(self) -> None:
         self.run("pg_ctl", "promote", "-w", "-D", self.data)

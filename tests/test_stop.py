@@ -3,8 +3,6 @@
 import asyncio
 import signal
 import sqlite3
-import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -14,14 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from tests.conftest import ADMIN_KEY
-from tests.serving import listener, origin_of, serving
+from tests.program import Program, drained
+from tests.serving import serving
 
 DEADLINE = 3
 
@@ -56,64 +54,19 @@ class Slow:
         return Starlette(routes=[Route("/{path:path}", self._receive, methods=["POST"])])
 
 
-@dataclass
-class Program:
-    """`relay serve`, a process of its own."""
-
-    directory: Path
-    origin: str
-    process: asyncio.subprocess.Process
-
-    def api(self) -> httpx.AsyncClient:
-        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        return httpx.AsyncClient(base_url=self.origin, headers=headers, timeout=30)
-
-    async def logged(self, line: str) -> None:
-        """Returns once the log says so."""
-        assert self.process.stderr is not None
-        async with asyncio.timeout(20):
-            while line.encode() not in (read := await self.process.stderr.readline()):
-                assert read, "the program has ended"
-
-    async def stop(self) -> tuple[int, float]:
-        """Its exit code, and how many seconds it took."""
-        begun = time.monotonic()
-        self.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(30):
-            await self.process.communicate()
-        assert self.process.returncode is not None
-        return self.process.returncode, time.monotonic() - begun
-
-    def rows(self, sql: str) -> list[Any]:
-        with closing(sqlite3.connect(self.directory / "relay.db")) as database:
-            return database.execute(sql).fetchall()
-
-
 @asynccontextmanager
 async def started(directory: Path, *, database: str | None = None, **delivery: Any) -> AsyncIterator[Program]:
-    with listener() as bound:
-        origin = origin_of(bound)
-    config = {
-        "port": int(origin.rsplit(":", 1)[1]),
-        "database": database or f"sqlite:///{directory}/relay.db",
-        "secret_key": "secret-key-of-the-tests-0123456789",
-        "admin_key": ADMIN_KEY,
-        "network": {"allow": ["127.0.0.0/8"]},
-        "delivery": {"timeout": f"{DEADLINE}s", **delivery},
-    }
-    (directory / "config.yaml").write_text(yaml.safe_dump(config))
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "relay", "serve", "--config", directory / "config.yaml"),
-        stderr=asyncio.subprocess.PIPE,
-    )
-    program = Program(directory, origin, process)
+    program = Program.placed(directory, database, delivery={"timeout": f"{DEADLINE}s", **delivery})
     try:
-        await program.logged("relay.serving")
+        await program.start()
         yield program
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
+        await program.end(signal.SIGKILL)
+
+
+def rows(program: Program, sql: str) -> list[Any]:
+    with closing(sqlite3.connect(program.directory / "relay.db")) as database:
+        return database.execute(sql).fetchall()
 
 
 @pytest.fixture
@@ -126,8 +79,7 @@ async def slow() -> AsyncIterator[Slow]:
 
 async def publish(program: Program, slow: Slow, count: int, path: str = "/", **fields: Any) -> list[str]:
     """The ids of new events, for a new endpoint."""
-    async with program.api() as api:
-        await listening(program)
+    async with program.api(timeout=30) as api:
         asked = {"url": slow.origin + path, "event_types": ["order.paid"], **fields}
         assert (await api.post("/v1/endpoints", json=asked)).status_code == 201
         answer = await api.post("/v1/events", json=[{"type": "order.paid", "data": {}}] * count)
@@ -136,7 +88,7 @@ async def publish(program: Program, slow: Slow, count: int, path: str = "/", **f
 
 
 async def listening(program: Program, *, wanted: bool = True) -> None:
-    """Returns once it takes connections (its log says that it serves a moment before), or takes none."""
+    """Returns once it takes connections, or takes none."""
     port = int(program.origin.rsplit(":", 1)[1])
     async with asyncio.timeout(10):
         while True:
@@ -153,20 +105,6 @@ async def listening(program: Program, *, wanted: bool = True) -> None:
             await asyncio.sleep(0.01)
 
 
-async def drained(program: Program) -> None:
-    """Returns once every delivery is over."""
-    await listening(program)
-    async with asyncio.timeout(20), program.api() as api:
-        while True:
-            open_ = [
-                (await api.get(f"/v1/deliveries?status={one}&limit=1")).json()["data"]
-                for one in ("pending", "sending")
-            ]
-            if not any(open_):
-                return
-            await asyncio.sleep(0.05)
-
-
 async def test_what_is_in_flight_is_finished_and_what_waits_is_kept(tmp_path: Path, slow: Slow):
     async with started(tmp_path) as program:
         ids = await publish(program, slow, 40, rate_limit=20)
@@ -178,19 +116,21 @@ async def test_what_is_in_flight_is_finished_and_what_waits_is_kept(tmp_path: Pa
         code, seconds = await stopping
         assert code == 0
         assert seconds < DEADLINE + 2
-        attempted = program.rows(
-            "SELECT d.event_id, a.response_status FROM attempts a JOIN deliveries d ON d.id = a.delivery_id"
+        attempted = rows(
+            program,
+            "SELECT d.event_id, a.response_status FROM attempts a JOIN deliveries d ON d.id = a.delivery_id",
         )
         assert sorted(attempted) == sorted((one, 204) for one in slow.received)
         assert 2 <= len(attempted) < 40
-        states = Counter(row[0] for row in program.rows("SELECT status FROM deliveries"))
+        states = Counter(row[0] for row in rows(program, "SELECT status FROM deliveries"))
         assert states == {"delivered": len(attempted), "pending": 40 - len(attempted)}
     async with started(tmp_path) as program:
-        await drained(program)
+        async with program.api() as api:
+            await drained(api)
         code, _ = await program.stop()
         assert code == 0
         assert Counter(slow.received) == dict.fromkeys(ids, 1)
-        assert program.rows("SELECT DISTINCT status, attempts FROM deliveries") == [("delivered", 1)]
+        assert rows(program, "SELECT DISTINCT status, attempts FROM deliveries") == [("delivered", 1)]
 
 
 async def test_what_hangs_ends_at_its_deadline_and_is_settled_as_a_failure(tmp_path: Path, slow: Slow):
@@ -200,9 +140,9 @@ async def test_what_hangs_ends_at_its_deadline_and_is_settled_as_a_failure(tmp_p
         code, seconds = await program.stop()
         assert code == 0
         assert seconds < DEADLINE + 2
-        attempts = program.rows("SELECT error_code FROM attempts")
+        attempts = rows(program, "SELECT error_code FROM attempts")
         assert attempts == [("timeout",)] * len(slow.received)
-        found = program.rows("SELECT status, attempts FROM deliveries ORDER BY attempts")
+        found = rows(program, "SELECT status, attempts FROM deliveries ORDER BY attempts")
         assert found == [("pending", 0)] * (10 - len(attempts)) + [("pending", 1)] * len(attempts)
 
 
@@ -241,8 +181,7 @@ async def test_nothing_is_lost_or_doubled_over_many_stops_under_load(tmp_path: P
                 await publish(program, slow, 1)
 
             async def load(program: Program = program) -> None:
-                await listening(program)
-                async with program.api() as api:
+                async with program.api(timeout=30) as api:
                     while True:
                         body = [{"type": "order.paid", "data": {}}] * 20
                         answer = await api.post("/v1/events", json=body)
@@ -259,10 +198,11 @@ async def test_nothing_is_lost_or_doubled_over_many_stops_under_load(tmp_path: P
             with pytest.raises((httpx.TransportError, asyncio.CancelledError)):
                 await loading
     async with started(tmp_path) as program:
-        await drained(program)
+        async with program.api() as api:
+            await drained(api)
         await program.stop()
-        assert program.rows("SELECT DISTINCT status, attempts FROM deliveries") == [("delivered", 1)]
-        stored = {row[0] for row in program.rows("SELECT id FROM events")}
+        assert rows(program, "SELECT DISTINCT status, attempts FROM deliveries") == [("delivered", 1)]
+        stored = {row[0] for row in rows(program, "SELECT id FROM events")}
     assert set(acknowledged) <= stored
     assert len(acknowledged) > 300
     assert Counter(slow.received) == dict.fromkeys(stored, 1)
