@@ -51,8 +51,7 @@ class Fleet:
         await self._stacks.pop(name).aclose()
 
     async def close(self) -> None:
-        for relay in list(self.relays):
-            await self.leave(relay)
+        await asyncio.gather(*map(self.leave, list(self.relays)))
 
     async def settled(self) -> None:
         """Returns when every shard is held, by about as many relays as there are."""

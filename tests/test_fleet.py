@@ -240,6 +240,46 @@ async def test_replays_and_test_events_go_out_at_once_through_any_relay(
         assert time.monotonic() - begun < 3
 
 
+async def test_of_replays_through_all_relays_at_once_one_is_taken(world: World, fleet: Fleet):
+    relays = await fleet.joined(3)
+    await world.endpoint(relays[0], event_types=["order.paid"])
+    await publish(relays[0], 8)
+    await world.subscriber.got(8)
+    await nothing_is_open(relays[0])
+    world.subscriber.received.clear()
+    for one in (await relays[0].api.get("/v1/deliveries")).json()["data"]:
+        path = f"/v1/deliveries/{one['id']}/replay"
+        answers = await asyncio.gather(*(relay.api.post(path) for relay in relays))
+        taken = [answer.status_code for answer in answers].count(202)
+        assert taken >= 1
+        await nothing_is_open(relays[0])
+        assert len(world.subscriber.received) == taken
+        world.subscriber.received.clear()
+
+
+async def test_what_is_recorded_while_its_endpoint_is_being_disabled_is_canceled(fleet: Fleet, busy: Busy):
+    stays, other = await fleet.joined(2)
+    mine = await moving(stays, f"{busy.origin}/a", share(2))
+    async with fleet.database.write() as tx:
+        await tx.execute(
+            "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS"
+            " 'BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NEW; END'"
+        )
+        await tx.execute(
+            "CREATE TRIGGER held BEFORE INSERT ON deliveries FOR EACH ROW EXECUTE FUNCTION hold()"
+        )
+    async with fleet.database.write() as tx:
+        await tx.execute("SELECT pg_advisory_xact_lock(1)")
+        publishing = asyncio.create_task(publish(stays))
+        waiting = "SELECT COUNT(*) AS n FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        await fleet.eventually(waiting, 1)
+        assert (await other.api.post(f"/v1/endpoints/{mine}/disable")).status_code == 200
+    await publishing
+    await nothing_is_open(stays)
+    [delivery] = (await stays.api.get("/v1/deliveries")).json()["data"]
+    assert (delivery["status"], busy.times["/a"]) == ("canceled", [])
+
+
 async def test_a_relay_that_stops_hands_over_at_once_what_does_not_hang(fleet: Fleet, busy: Busy):
     fleet.changes = {"delivery": {"timeout": "15s"}}
     stays, stops = await fleet.joined(2)

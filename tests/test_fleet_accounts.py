@@ -99,8 +99,7 @@ async def test_the_limits_of_an_account_hold_for_all_while_relays_come_and_go(wo
 
     async def bother(relay: RunningRelay, turn: int) -> None:
         """What users and providers do all the time, through any relay."""
-        for name in (minute, day):
-            answer = await refresh(relay, made[name][turn % 6])
+        for answer in await asyncio.gather(*(refresh(relay, made[name][turn]) for name in (minute, day))):
             told[answer.status_code] += 1
             assert answer.status_code == 200 or int(answer.headers["retry-after"]) >= 1
         for one in made[calls]:
@@ -131,7 +130,7 @@ async def test_the_limits_of_an_account_hold_for_all_while_relays_come_and_go(wo
         )
         assert worst <= per_minute / 10 + 1.5, provider
         assert len(times) >= 0.5 * rate * lasted, provider
-    assert 15 <= len(asked(world, "pixellabs")) <= 21
+    assert 10 <= len(asked(world, "pixellabs")) <= 21
 
 
 async def test_what_was_asked_just_before_an_account_changes_hands_counts(world: World, fleet: Fleet):
