@@ -2,44 +2,32 @@
 
 import asyncio
 import logging
-import math
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 from uuid import uuid4
 
 from relay.asker import Asker
 from relay.batch import insist
-from relay.budget import AT_ONCE, Budget
 from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
 from relay.generation import ENDINGS, OPEN, Generation, LearnedBy, Update
 from relay.health import Health, Status
 from relay.hints import pause
+from relay.ledger import Ledger
 from relay.providers import Account
 from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask, sightings
 from relay.shard import Held, shard_of
 from relay.standing import Standing
 from relay.store import Store
-from relay.store.accounts import Kept
 
 log = logging.getLogger(__name__)
 LEASE = 60_000
 OVERDUE = 100
 # Without a request to spare for so long, what is overdue is over unasked.
 UNASKED_AFTER = 60_000
-# What is known of the accounts is written down so often, and what others know is read.
-KEPT_EVERY = 700
-# Who wants to borrow a request looks for it after so many seconds each; soon after that it is void.
-BORROWING = (0.03, 0.05, 0.1, 0.2, 0.4, 0.7)
-LENT_FOR = 2_000
 # Whether there are generations of accounts that are not configured is looked up so often.
 STRANGERS_EVERY = 60_000
-# No request begins so short before the account may be another relay's.
-BEFORE_LOSS = 5_000
-# Of an account's past so much is read at the start to learn from.
-LEARNED_FROM = 500
 
 
 class Poller:
@@ -47,7 +35,7 @@ class Poller:
     hold the others. `record` takes reports (it is `Ingest.record`); `changed` is told when an account stops
     to work, and when it works again.
 
-    `standings` of the other accounts are as their holders wrote them down last."""
+    Requests are booked in its ledger."""
 
     def __init__(
         self,
@@ -63,33 +51,43 @@ class Poller:
         now: Callable[[], int],
     ) -> None:
         self._store, self._asker, self._accounts = store, asker, accounts
-        self._relay, self._shards, self._ring = relay, shards, ring
-        self._record, self._changed, self._now = record, changed, now
-        self.standings = {name: _unknown(one) for name, one in accounts.items()}
+        self._shards, self._ring, self._record, self._now = shards, ring, record, now
+        self._ledger = Ledger(
+            store,
+            accounts,
+            relay=relay,
+            shards=shards,
+            ring=ring,
+            changed=lambda account, health: self._spawn(changed(account, health)),
+            now=now,
+        )
         self._strangers: Sequence[str] = ()  # accounts with open generations that are not configured any more
         self._asking: set[asyncio.Task[None]] = set()
         self._tick = asyncio.Lock()
         self._over = asyncio.Event()  # a visit has ended
-        self._kept_at = self._looked_at = 0
-        self._news: set[str] = set()  # accounts of which something is not written down yet
+        self._looked_at = 0
         self._woken = self._stopping = False
+
+    @property
+    def standings(self) -> Mapping[str, Standing]:
+        """How each account stands."""
+        return self._ledger.standings
 
     async def resume(self) -> None:
         """Goes on where the last relay stopped: budgets, health, and what its generations have taught."""
         await self._look_for_strangers()
         if not self._store.database.alone:
-            await self._study(self._accounts)
+            await self._ledger.study(self._accounts)
 
     async def take(self, shards: Collection[int]) -> None:
         """Readies itself to ask at the accounts of these shards, as whoever held them has left them."""
         names = [name for name in self._accounts if shard_of(name) in shards]
         strangers = [name for name in self._strangers if shard_of(name) in shards]
-        await self._store.accounts.take(names, holder=self._relay, now=self._now())
         # What a relay was asking about that is gone; one that gave them away left nothing.
         left = await self._store.generations.recover([*names, *strangers], now=self._now())
         if left:
             log.info("poll.recovered", extra={"generations": left})
-        await self._study(names)
+        await self._ledger.take(names)
 
     async def let_go(self, shards: Collection[int]) -> None:
         """Returns when nobody is asked any more at the accounts of these shards, which it does not hold any
@@ -100,7 +98,7 @@ class Poller:
         while any(self.standings[name].under_way for name in names):
             self._over.clear()
             await self._over.wait()
-        await self._write_down(names, {}, {})
+        await self._ledger.close(names)
 
     def first_ask(self, account: Account, *, deadline_at: int, job_known: bool, awaits_callback: bool) -> Ask:
         """When a generation that is now being watched is asked about first."""
@@ -124,7 +122,7 @@ class Poller:
 
     def lend(self) -> None:
         """Somebody wants to borrow requests: that cannot wait until they are written down anyway."""
-        self._kept_at = 0
+        self._ledger.hurry()
         self.wake()
 
     async def tick(self) -> None:
@@ -135,7 +133,7 @@ class Poller:
                 return
             now = self._now()
             await self._claim_overdue(now)
-            held = self._held(now)
+            held = self._ledger.held()
             rooms = {name: one.room(now) for name, one in held.items()}
             wanted = {name: room for name, room in rooms.items() if room > 0}
             due = await self._store.generations.claim(
@@ -147,9 +145,7 @@ class Poller:
             for name, standing in held.items():
                 if rooms[name] > 0:
                     standing.short = got[name] >= rooms[name]
-            if now >= self._kept_at + KEPT_EVERY or now < self._kept_at:
-                self._kept_at = now
-                await self._keep()
+            await self._ledger.keep(now=now)
             if not self._store.database.alone and not 0 <= now - self._looked_at < STRANGERS_EVERY:
                 await self._look_for_strangers()
 
@@ -163,7 +159,7 @@ class Poller:
             raise Conflict(f"account {generation.account!r} is not configured any more")
         if generation.job_id is None and generation.claimed_job_id is None:
             raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
-        await self._book(generation.account)
+        await self._ledger.book(generation.account)
         now = self._now()
         claimed = await self._store.generations.claim_one(
             generation.id, lease=uuid4().hex, lease_until=now + LEASE
@@ -187,7 +183,7 @@ class Poller:
             raise Limited("this account is not asked for the moment", retry_after=wait)
         standing.under_way += probes
         try:
-            await self._book(account)
+            await self._ledger.book(account)
             return await self._look(self._accounts[account], job_id)
         finally:
             standing.under_way -= probes
@@ -205,12 +201,12 @@ class Poller:
         while self._asking:
             await asyncio.wait(self._asking)
         try:
-            await self._keep()
+            await self._ledger.write()
         except StoreError as error:
             log.error("poll.not_kept: %s", error)
 
     async def _claim_overdue(self, now: int) -> None:
-        judged = {name: one for name, one in self._held(now).items() if not one.is_excused(now)}
+        judged = {name: one for name, one in self._ledger.held().items() if not one.is_excused(now)}
         rooms = {name: room for name, one in judged.items() if (room := one.room(now)) > 0}
         unasked = [name for name, one in judged.items() if one.wait(now) > UNASKED_AFTER]
         strangers = [name for name in self._strangers if self._shards.covers(name, now)]
@@ -222,14 +218,13 @@ class Poller:
             self._begin(generation, asks=generation.account in rooms)
 
     def _begin(self, generation: Generation, *, asks: bool) -> None:
-        now = self._now()
-        if not self._shards.covers(generation.account, now + BEFORE_LOSS):
+        if not self._ledger.holds(generation.account):
             return  # Claiming took long, and the account may be another's by now, who finds it in time.
         standing = self.standings.get(generation.account)
         if standing is not None:
             standing.under_way += 1
             if asks and (generation.job_id or generation.claimed_job_id):
-                standing.budget.take(now)
+                standing.budget.take(self._now())
         self._spawn(self._visit(generation, standing, asks=asks))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -262,25 +257,15 @@ class Poller:
             standing.budget.hear(reply.status, reply.headers, self._now())
             update = self._asker.read(account, reply)
         except ProviderError as error:
-            await self._learn(account, standing, error)
+            await self._ledger.learn(account.name, error)
             raise
-        await self._learn(account, standing, None)
+        await self._ledger.learn(account.name, None)
         return update
 
-    async def _learn(self, account: Account, standing: Standing, error: ProviderError | None) -> None:
-        """How the account is, by a request; its holder learns of what is news."""
-        if self._shards.covers(account.name, self._now()):
-            self._note(account, standing, error)
-        elif error is not None or standing.health.failures or standing.health.status is not Status.OK:
-            await self._store.accounts.tell(account.name, _told(error, self._now()))
-
-    def _note(self, account: Account, standing: Standing, error: ProviderError | None) -> None:
-        before = standing.health.status
-        standing.health = standing.health.after(error, now=self._now(), spread=_spread())
-        self._news.add(account.name)
-        if (before is Status.OK) is not (standing.health.status is Status.OK):
-            self._kept_at = 0
-            self._spawn(self._changed(account, standing.health))
+    async def _look_for_strangers(self) -> None:
+        watched = await self._store.generations.watching_accounts()
+        self._strangers = [name for name in watched if name not in self._accounts]
+        self._looked_at = self._now()
 
     async def _ask(
         self, generation: Generation, learned_by: LearnedBy, *, asks: bool = True
@@ -405,131 +390,6 @@ class Poller:
             heard=heard,
             error=error,
         )
-
-    def _held(self, now: int) -> dict[str, Standing]:
-        """The accounts that this relay asks at, alone."""
-        return {
-            name: one for name, one in self.standings.items() if self._shards.covers(name, now + BEFORE_LOSS)
-        }
-
-    async def _book(self, name: str) -> None:
-        """Books one request of an account, whoever holds it. Raises Limited when its budget is used up."""
-        budget, now = self.standings[name].budget, self._now()
-        if self._shards.covers(name, now + BEFORE_LOSS):
-            _check(budget, now)
-            budget.take(now)
-        elif budget.is_limited:
-            _check(budget, now)
-            await self._borrow(name)
-        else:
-            _check(budget, now)
-            await self._store.accounts.draw(name)
-
-    async def _borrow(self, name: str) -> None:
-        """Makes a request that the account's holder books. Raises Limited when it does not in time."""
-        await self._store.accounts.want(name)
-        self._ring("account", shard_of(name))
-        for seconds in BORROWING:
-            await asyncio.sleep(seconds)
-            if await self._store.accounts.borrow(name):
-                return
-        wait = max(KEPT_EVERY, self.standings[name].budget.wait(self._now()))
-        raise Limited("this account's requests are used up for the moment", retry_after=wait)
-
-    async def _keep(self) -> None:
-        """Writes down what is new of the accounts that it holds, and reads what others wrote."""
-        kept, lent, seen = await self._store.accounts.kept(), dict[str, int](), dict[str, Kept]()
-        held = self._held(self._now())
-        for name, one in kept.items():
-            if name in held:
-                lent[name], answered = self._lend(held[name], one)
-                seen[name] = replace(one, wanted=answered)
-                if one.heard is not None:
-                    self._hear(self._accounts[name], held[name], one.heard)
-                if lent[name] or answered or one.heard is not None:
-                    self._news.add(name)
-            elif name in self.standings and not self._shards.has(name):
-                self.standings[name].observe(one.state, one.lent)
-        # Whoever hung while it took an account may have put its name to it later.
-        await self._store.accounts.take(
-            [name for name in held if name in kept and kept[name].holder != self._relay],
-            holder=self._relay,
-            now=self._now(),
-        )
-        names, self._news = self._news, set()
-        try:
-            await self._write_down([name for name in names if name in held], lent, seen)
-        except BaseException:
-            # It is written down with what comes next.
-            self._news |= names
-            raise
-
-    def _lend(self, standing: Standing, kept: Kept) -> tuple[int, int]:
-        """How many requests more others may make, and how many of those that they want are answered so. Books
-        what is lent, and what was made unasked; what was not fetched in time is void."""
-        now, budget = self._now(), standing.budget
-        debt, lent = max(0, -kept.lent), max(0, kept.lent)
-        for _ in range(debt):
-            budget.take(now)
-        more = max(0, min(kept.wanted, budget.available(now), AT_ONCE - lent))
-        for _ in range(more):
-            budget.take(now)
-        if more or not (kept.wanted or lent):
-            standing.lent_at = now
-        is_void = not 0 <= now - standing.lent_at <= LENT_FOR
-        more -= lent if is_void else 0
-        standing.lent = kept.lent + debt + more
-        return debt + more, kept.wanted if is_void else max(0, more)
-
-    def _hear(self, account: Account, standing: Standing, told: Mapping[str, Any]) -> None:
-        """What another relay was answered for a request with the account."""
-        error = None
-        if told.get("code") is not None:
-            error = ProviderError(told["code"], told["message"], retry_after=told["retry_after"])
-            if error.code == "rate_limited":
-                headers = {"retry-after": str(math.ceil((error.retry_after or 0) / 1000))}
-                standing.budget.hear(429, headers, self._now())
-        self._note(account, standing, error)
-
-    async def _look_for_strangers(self) -> None:
-        watched = await self._store.generations.watching_accounts()
-        self._strangers = [name for name in watched if name not in self._accounts]
-        self._looked_at = self._now()
-
-    async def _write_down(
-        self, names: Collection[str], lent: Mapping[str, int], seen: Mapping[str, Kept]
-    ) -> None:
-        if names:
-            states = {name: self.standings[name].kept() for name in names}
-            await self._store.accounts.keep(states, lent, seen, holder=self._relay, now=self._now())
-
-    async def _study(self, names: Iterable[str]) -> None:
-        """How accounts were left, and what their generations have taught."""
-        kept = await self._store.accounts.kept()
-        for name in names:
-            standing = self.standings[name] = _unknown(self._accounts[name])
-            standing.lent_at = self._now()
-            if name in kept:
-                standing.resume(kept[name].state)
-                standing.lent = kept[name].lent
-            for generation in await self._store.generations.ended(name, limit=LEARNED_FROM):
-                standing.learn(generation)
-
-
-def _unknown(account: Account) -> Standing:
-    return Standing(account.pace, Budget(account.requests_per_minute, account.requests_per_day))
-
-
-def _check(budget: Budget, now: int) -> None:
-    if wait := budget.wait(now):
-        raise Limited("this account's requests are used up for the moment", retry_after=wait)
-
-
-def _told(error: ProviderError | None, now: int) -> Mapping[str, Any]:
-    """What one relay tells another of an answer, or of the lack of one."""
-    if error is None:
-        return {"at": now}
-    return {"at": now, "code": error.code, "message": str(error), "retry_after": error.retry_after}
 
 
 def _spread() -> float:
