@@ -12,6 +12,9 @@ log = logging.getLogger(__name__)
 # A shard is held for so much longer than an attempt may last: a few beats, and some patience with a database.
 SPARE = 10_000
 CLOCKS_DIFFER = 2_000
+# After an outage, its own or the database's, a relay cannot tell who is gone: the others have so long to say
+# that they are there.
+PATIENCE = 5_000
 
 
 class Holder:
@@ -38,6 +41,8 @@ class Holder:
         self._beating = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._woken = self._stopping = False
+        self._beaten_at: int | None = None
+        self._takes_from = 0
 
     async def start(self) -> None:
         """Holds everything at once and for ever where no other relay can be; else begins to take part."""
@@ -56,7 +61,11 @@ class Holder:
             if self._stopping or self._store.database.alone:
                 return
             now, before, staying = self._now(), set(self._held.numbers), set(self._held.staying)
-            beat = await self._store.shards.beat(self._relay, now=now, lease=self._lease)
+            if self._beaten_at is not None and now - self._beaten_at > self._lease // 2:
+                self._takes_from = now + PATIENCE
+            takes = not 0 < self._takes_from - now <= PATIENCE
+            beat = await self._store.shards.beat(self._relay, now=now, lease=self._lease, takes=takes)
+            self._beaten_at = now
             if beat.ahead > CLOCKS_DIFFER:
                 log.warning("relay.clocks_differ", extra={"ms": beat.ahead})
             # What is about to go anyway may have gone meanwhile.

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.errors import StoreError
-from relay.hold import Holder
+from relay.hold import PATIENCE, Holder
 from relay.shard import FOREVER, SHARDS, Held, shard_of, share
 from relay.store import Store, open_database, store_on
 from relay.store.migrate import migrate
@@ -274,8 +274,9 @@ async def test_a_relay_that_hung_knows_that_it_lost_everything(shared: Store):
     a, b = member(shared, "a", time), member(shared, "b", time)
     await a.holder.start()
     await b.holder.start()
-    time.now += LEASE + 1
-    await b.holder.beat()
+    for _ in range(3):
+        time.now += LEASE // 3 + 1
+        await b.holder.beat()
     assert len(b.held.numbers) == SHARDS
     assert not any(a.held.covers(f"ep_{number}", time.now) for number in range(100))
     a.may_go.clear()
@@ -283,12 +284,30 @@ async def test_a_relay_that_hung_knows_that_it_lost_everything(shared: Store):
     assert set(a.held.staying) == set()
     await b.holder.beat()
     await until(lambda: len(b.held.numbers) == SHARDS // 2)
+    time.now += PATIENCE
     await a.holder.beat()
     # Half of it is free again, but not taken while something of it is still under way.
     assert not a.held.staying
     a.may_go.set()
     await eventually_held(a, SHARDS // 2, b)
     assert not set(a.held.numbers) & set(b.held.numbers)
+
+
+async def test_after_an_outage_everybody_goes_on_with_what_he_had(shared: Store):
+    time = Time()
+    a, b, c = (member(shared, name, time) for name in "abc")
+    for one, many in ((a, 64), (b, 32), (c, 20)):
+        await one.holder.start()
+        await eventually_held(one, many, a, b)
+    before = {name: set(one.held.numbers) for name, one in (("a", a), ("b", b), ("c", c))}
+    time.now += 3 * LEASE  # for so long nobody could reach the database
+    for one in (b, a, b):
+        await one.holder.beat()
+    assert {"a": set(a.held.numbers), "b": set(b.held.numbers)} == {name: before[name] for name in "ab"}
+    # The third one does not come back.
+    time.now += PATIENCE
+    await eventually_held(b, SHARDS // 2, a)
+    assert sorted([*a.held.numbers, *b.held.numbers]) == list(range(SHARDS))
 
 
 async def test_what_could_not_be_given_away_is_given_at_the_next_beat(shared: Store):

@@ -24,15 +24,16 @@ class Shards:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    async def beat(self, relay: str, *, now: int, lease: int) -> Beat:
-        """Says that a relay is alive, holds its shards for `lease` milliseconds more, and gives it free ones
-        up to its share. A relay that was not heard of for `lease` is gone, and what it held is free."""
+    async def beat(self, relay: str, *, now: int, lease: int, takes: bool = True) -> Beat:
+        """Says that a relay is alive, holds its shards for `lease` milliseconds more, and, if it `takes` any,
+        gives it free ones up to its share. A relay that was not heard of for `lease` is gone, and what it
+        held is free."""
         async with self._db.write() as tx:
             await tx.execute(_SEEN, relay=relay, now=now)
             await tx.execute(_RENEW, relay=relay, until=now + lease)
             [row] = await tx.fetch(_LIVE, since=now - lease)
             held = await _held(tx, relay)
-            room = share(row["live"]) - len(held)
+            room = share(row["live"]) - len(held) if takes else 0
             if room > 0 and await tx.execute(
                 _TAKE.format(skip_locked=self._db.skip_locked),
                 relay=relay,
