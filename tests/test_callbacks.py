@@ -224,10 +224,11 @@ async def test_what_a_callback_says_of_a_running_job_is_not_announced(world: Wor
     assert b"evil" not in received.body
 
 
-async def sightings(world: World, pictory: Pictory, job_id: str, count: int) -> None:
+async def sightings(world: World, relay: RunningRelay, path: str, count: int) -> None:
     """Lets Pictory be asked so often for a job that it says it does not know; that takes a minute."""
-    for seen in range(pictory.asked(job_id), count):
-        await until(lambda seen=seen: pictory.asked(job_id) > seen)
+    for seen in range(count):
+        # Time goes on once the answer has been written down, not while it is on its way.
+        await relay.eventually(path, lambda one, seen=seen: one["polls"] > seen)
         world.clock.forward(seconds=5 * 3**seen)
 
 
@@ -238,7 +239,7 @@ async def test_a_claimed_job_that_the_provider_does_not_know_is_forgotten_after_
         generation = await awaiting(relay)
         path = f"/v1/generations/{generation['id']}"
         await call_back(generation["webhook_url"], {"job_id": "forged", **DONE})
-        await sightings(world, pictory, "forged", 4)
+        await sightings(world, relay, path, 4)
         # What is not claimed any more cannot be asked about.
         await relay.eventually(path, lambda one: one["polls"] == 4)
         assert (await relay.api.post(f"{path}/refresh")).status_code == 409
@@ -284,7 +285,7 @@ async def test_the_true_callback_that_arrives_while_a_forged_claim_is_given_up_i
         await world.endpoint(relay)
         generation = await awaiting(relay)
         await call_back(generation["webhook_url"], {"job_id": "forged"})
-        await sightings(world, pictory, "forged", 2)
+        await sightings(world, relay, f"/v1/generations/{generation['id']}", 2)
         await until(lambda: pictory.asked("forged") == 3)
         # The next sighting is the last one, and is still under way when the true callback comes.
         pictory.held["forged"] = asyncio.Event()
@@ -305,9 +306,9 @@ async def test_a_claimed_job_id_never_leads_anywhere_but_to_the_status_of_a_job(
             answer = await call_back((await awaiting(relay))["webhook_url"], {"job_id": job_id, **DONE})
             assert answer.status_code == 200 or 400 <= answer.status_code < 500
         # The others have been asked about before: what is due is asked in the same looks.
-        for seen in range(4):
-            await until(lambda seen=seen: pictory.paths.count("/base/jobs/plain") > seen)
-            world.clock.forward(seconds=45)
+        [plain] = (await relay.api.get("/v1/generations?limit=1")).json()["data"]
+        await sightings(world, relay, f"/v1/generations/{plain['id']}", 4)
+        await until(lambda: pictory.paths.count("/base/jobs/plain") == 4)
     assert all(path.startswith("/base/jobs/") and len(path) < 1000 for path in pictory.paths), pictory.paths
 
 

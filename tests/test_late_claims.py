@@ -1,12 +1,22 @@
 """A relay that comes back from a wait does not ask for accounts that may be another's by now."""
 
 import asyncio
+from collections.abc import Sequence
 
 import asyncpg
 
 from tests.conftest import World
 from tests.fleet import Fleet
 from tests.serving import until
+
+HOLD = """
+    CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS
+        'BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NEW; END';
+    CREATE TRIGGER held BEFORE UPDATE ON generations FOR EACH ROW EXECUTE FUNCTION hold()
+"""
+WAITING = """
+    SELECT query FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory' AND NOT granted
+"""
 
 
 async def test_what_took_too_long_to_claim_is_not_asked_about(world: World, fleet: Fleet):
@@ -17,14 +27,19 @@ async def test_what_took_too_long_to_claim_is_not_asked_about(world: World, flee
 
     job_id = (await world.watch(relay, "vivix", duration=1e6))["job_id"]
     await until(lambda: asks(job_id) > 0)
-    connection = await asyncpg.connect(fleet.url)
-    async with connection.transaction():
-        await connection.execute("LOCK TABLE generations IN EXCLUSIVE MODE")
-        waits = "SELECT 1 FROM pg_locks WHERE relation = 'generations'::regclass AND NOT granted"
-        await found(connection, waits)
-        await beaten(connection)
-        before = asks(job_id)
-        world.clock.forward(seconds=30)
+    # In a transaction the view of what others do stands still.
+    connection, watcher = await asyncpg.connect(fleet.url), await asyncpg.connect(fleet.url)
+    await connection.execute(HOLD)
+    has_claimed = False
+    while not has_claimed:
+        async with connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock(1)")
+            [waiting] = await found(watcher, WAITING)
+            # It may be the answer that is being written down: then the next one that waits is looked at.
+            if has_claimed := "AS likely" in waiting["query"]:
+                await beaten(watcher)
+                before = asks(job_id)
+                world.clock.forward(seconds=30)
     # The account is held again, and asked.
     await beaten(connection)
     other = (await world.watch(relay, "vivix", duration=1e6))["job_id"]
@@ -33,14 +48,15 @@ async def test_what_took_too_long_to_claim_is_not_asked_about(world: World, flee
     world.clock.forward(seconds=60)
     await until(lambda: asks(job_id) > before)
     await connection.close()
+    await watcher.close()
 
 
-async def found(connection: "asyncpg.Connection[asyncpg.Record]", sql: str) -> None:
-    """Returns once the query finds something."""
+async def found(connection: "asyncpg.Connection[asyncpg.Record]", sql: str) -> Sequence[asyncpg.Record]:
+    """What the query finds, as soon as that is something."""
     async with asyncio.timeout(15):
         while True:
-            if await connection.fetch(sql):
-                return
+            if rows := await connection.fetch(sql):
+                return rows
             await asyncio.sleep(0.01)
 
 
