@@ -51,6 +51,7 @@ class Ledger:
         self._ring, self._changed, self._now = ring, changed, now
         self.standings = {name: _unknown(one) for name, one in accounts.items()}
         self._kept_at = 0
+        self._writing = asyncio.Lock()
         self._news: set[str] = set()  # accounts of which something is not written down yet
 
     def holds(self, name: str) -> bool:
@@ -85,10 +86,16 @@ class Ledger:
             raise Limited("this account's requests are used up for the moment", retry_after=wait)
         if self.holds(name):
             budget.take(now)
+            await self.count([name])
         elif budget.is_limited:
             await self._borrow(name)
         else:
             await self._store.accounts.draw(name)
+
+    async def count(self, names: Collection[str]) -> None:
+        """Writes down at once what is booked where a day has only so many requests: whoever has the account
+        next must know of them, even if this relay dies now."""
+        await self._write([one for one in names if self.standings[one].budget.per_day is not None], {}, {})
 
     async def learn(self, name: str, error: ProviderError | None) -> None:
         """How an account is, by a request that was made with it; its holder learns of what is news."""
@@ -141,7 +148,9 @@ class Ledger:
         await self._write(names, {}, {})
 
     async def _write(self, names: Collection[str], lent: Mapping[str, int], seen: Mapping[str, Kept]) -> None:
-        if names:
+        if not names:
+            return
+        async with self._writing:  # what is known later is written later
             states = {name: self.standings[name].kept() for name in names}
             await self._store.accounts.keep(states, lent, seen, holder=self._relay, now=self._now())
 

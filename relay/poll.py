@@ -139,8 +139,7 @@ class Poller:
             due = await self._store.generations.claim(
                 wanted, now=now, lease=uuid4().hex, lease_until=now + LEASE
             )
-            for generation in due:
-                self._begin(generation, asks=True)
+            await self._begin(due, asks=wanted)
             got = Counter(generation.account for generation in due)
             for name, standing in held.items():
                 if rooms[name] > 0:
@@ -214,18 +213,21 @@ class Poller:
         overdue = await self._store.generations.claim_overdue(
             wanted, now=now, lease=uuid4().hex, lease_until=now + LEASE
         )
-        for generation in overdue:
-            self._begin(generation, asks=generation.account in rooms)
+        await self._begin(overdue, asks=rooms)
 
-    def _begin(self, generation: Generation, *, asks: bool) -> None:
-        if not self._ledger.holds(generation.account):
-            return  # Claiming took long, and the account may be another's by now, who finds it in time.
-        standing = self.standings.get(generation.account)
-        if standing is not None:
-            standing.under_way += 1
-            if asks and (generation.job_id or generation.claimed_job_id):
-                standing.budget.take(self._now())
-        self._spawn(self._visit(generation, standing, asks=asks))
+    async def _begin(self, claimed: Sequence[Generation], *, asks: Collection[str]) -> None:
+        """Visits what was claimed, and asks at those of its accounts that may be asked."""
+        for one in claimed:
+            if one.account in asks and (one.job_id or one.claimed_job_id):
+                self.standings[one.account].budget.take(self._now())
+        await self._ledger.count({one.account for one in claimed if one.account in asks})
+        for one in claimed:
+            # Claiming may have taken long, and the account may be another's by now, who finds it in time.
+            if self._ledger.holds(one.account):
+                standing = self.standings.get(one.account)
+                if standing is not None:
+                    standing.under_way += 1
+                self._spawn(self._visit(one, standing, asks=one.account in asks))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

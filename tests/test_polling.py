@@ -28,6 +28,7 @@ from relay.health import Health
 from relay.providers import load
 from relay.schedule import Pace
 from relay.standing import Standing
+from relay.store import open_database, store_on
 from relay.store.generations import Watch
 from relay.store.tenants import DEFAULT
 from relay.times import parse_rfc3339
@@ -656,6 +657,22 @@ async def test_what_others_drew_from_an_account_is_counted_and_survives_a_restar
         await used(relay, 7)
     async with world.running() as relay:
         await used(relay, 7)
+
+
+async def test_a_request_of_a_day_is_written_down_before_it_is_made(database_url: str, world: World):
+    accounts = only("vivix", world, requests_per_day=1000)
+    async with world.running(database=database_url, accounts=accounts) as relay:
+        database = await open_database(database_url, alone=False)
+        requests = world.simulator.requests
+        for _ in range(3):
+            made = len(requests)
+            watched = await world.watch(relay, "vivix", duration=1e6)
+            await until(lambda made=made: len(requests) > made)
+            made = len(requests)
+            kept = await store_on(database).accounts.kept()
+            assert kept["vivix"].state["budget"]["used_today"] >= made
+            await relay.api.post(f"/v1/generations/{watched['id']}/refresh")
+        await database.close()
 
 
 async def test_requests_per_minute_is_kept_and_nobody_starves(world: World):
