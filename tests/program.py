@@ -160,7 +160,7 @@ async def everything(api: httpx.AsyncClient, path: str) -> list[dict[str, Any]]:
 
 
 async def drained(api: httpx.AsyncClient, *, timeout: float = 60) -> None:
-    """Returns once every generation has ended and every delivery is over, those of an endpoint included that has
+    """Returns once every generation has ended and every delivery is over, also those of an endpoint that has
     just failed five times in a row by chance, and is left alone for half a minute."""
     until = time.monotonic() + timeout
     while True:
