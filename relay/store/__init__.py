@@ -16,6 +16,7 @@ from pathlib import Path
 
 from relay.errors import ConfigError
 from relay.store.accounts import Accounts
+from relay.store.credentials import Credentials
 from relay.store.database import Database
 from relay.store.deliveries import Deliveries
 from relay.store.endpoints import Endpoints
@@ -38,6 +39,7 @@ class Store:
     deliveries: Deliveries
     tenants: Tenants
     accounts: Accounts
+    credentials: Credentials
     shards: Shards
     retention: Retention
 
@@ -73,6 +75,7 @@ def store_on(database: Database) -> Store:
         deliveries=Deliveries(database),
         tenants=Tenants(database),
         accounts=Accounts(database),
+        credentials=Credentials(database),
         shards=Shards(database),
         retention=Retention(database),
     )

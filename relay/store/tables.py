@@ -18,6 +18,7 @@ COPIED: Mapping[str, Sequence[str]] = MappingProxyType(
         "keys": ("id",),
         "endpoints": ("id",),
         "generations": ("id",),
+        "credentials": ("name",),
         "accounts": ("name",),
         "events": ("id",),
         "deliveries": ("id",),

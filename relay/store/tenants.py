@@ -1,8 +1,7 @@
 """Tenants and their API keys at rest."""
 
 from relay.store.database import Database, Transaction
-
-DEFAULT = "default"
+from relay.tenant import DEFAULT as DEFAULT
 
 
 class Tenants:
