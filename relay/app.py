@@ -24,6 +24,7 @@ from relay.hints import Turns
 from relay.hold import SPARE, Holder
 from relay.ids import new_id
 from relay.ingest import Ingest
+from relay.key import Key, Scope, hash_of, new_key
 from relay.poll import Poller
 from relay.prune import prune
 from relay.renew import Renewer
@@ -31,12 +32,13 @@ from relay.sender import Sender
 from relay.server import Server, bind, origin
 from relay.shard import Held
 from relay.store import Store, open_database, store_on
+from relay.store.audit import Entry
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
 from relay.store.tables import check_whole
 from relay.store.tenants import DEFAULT
 from relay.web import inbound, ops
-from relay.web.auth import hash_key, new_key
+from relay.web.auth import Gate
 from relay.web.context import Relay, State
 from relay.web.operations import OPERATIONS
 from relay.web.problem import HANDLERS
@@ -155,11 +157,13 @@ async def _prepare(
         log.info("database.migrated", extra={"migration": name})
     await check_whole(store.database)
     await store.tenants.found(DEFAULT, signature.new_secret(), now=now())
-    if settings.admin_key is None and not await store.tenants.has_keys():
-        key, key_id = new_key(), new_id("key", now())
-        is_first = await store.tenants.add_first_key(key_id, DEFAULT, "admin", hash_key(key), now=now())
-        if is_first and show_key is not None:
-            show_key(key)
+    if settings.admin_key is None and not await store.keys.any():
+        at = now()
+        key_id, text = new_key(at)
+        key = Key(key_id, DEFAULT, "admin", (Scope.ADMIN,), hash_of(text), created_at=at)
+        entry = Entry(DEFAULT, at, "relay", "key.created", key_id)
+        if await store.keys.create_first(key, entry=entry) and show_key is not None:
+            show_key(text)
 
 
 def _assemble(
@@ -242,6 +246,7 @@ def _assemble(
         shards=held,
         holder=holder,
         bell=bell,
+        gate=Gate(store.keys, settings.admin_key, now=now),
         watch=Batch(store.generations.create),
         hint=Batch(hint),
         now=now,

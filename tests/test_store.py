@@ -193,7 +193,11 @@ async def endpoint_of(store: Store, one: Claimed) -> Endpoint:
 # What is impossible, the database refuses.
 
 ROWS: dict[str, dict[str, Any]] = {
-    "keys": {"id": "key_1", "tenant": "t", "name": "n", "hash": "h", "created_at": 1},
+    "keys": {"id": "key_1", "tenant": "t", "scopes": "read", "hash": "h", "created_at": 1},
+    "audit": {
+        "id": "aud_1", "tenant": "t", "at": 1, "actor": "cli", "action": "key.created", "object": "key_1",
+        "details": "{}",
+    },
     "endpoints": {
         "id": "ep_1", "tenant": "t", "url": "https://a.test/", "event_types": "[]", "accounts": "[]",
         "headers": "{}", "metadata": "{}", "secret": "s", "created_at": 1, "updated_at": 1,
@@ -276,7 +280,7 @@ async def test_an_impossible_row_is_refused_by_name(
     ("table", "changes", "refusal"),
     # In the words of SQLite, or else of PostgreSQL.
     [
-        ("keys", {"id": "key_2"}, "keys.hash|keys_are_known_by_their_hash"),
+        ("keys", {"hash": "h2"}, "keys.id|keys_pkey"),
         ("generations", {"id": "gen_2"}, "generations.job_id|a_job_is_watched_once"),
         ("events", {"id": "evt_2", "source_id": None}, "events.announces|each_status_is_announced_once"),
         (
@@ -421,20 +425,12 @@ async def test_what_is_wrong_with_one_row_is_no_general_failure(store: Store, ch
     await insert(store, "endpoints", id="ep_3")
 
 
-# Tenants and keys.
+# Tenants.
 
 
 async def test_a_tenant_keeps_its_first_secret(store: Store):
     await store.tenants.found(TENANT, "another", now=NOW)
     assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
-
-
-async def test_a_key_is_known_by_its_hash(store: Store):
-    assert not await store.tenants.has_keys()
-    await store.tenants.add_key("key_1", TENANT, "admin", "hash", now=NOW)
-    assert await store.tenants.has_keys()
-    assert await store.tenants.key_tenant("hash") == TENANT
-    assert await store.tenants.key_tenant("other") is None
 
 
 # Endpoints.

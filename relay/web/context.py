@@ -17,6 +17,7 @@ from relay.providers import Account
 from relay.shard import Held
 from relay.store import Store
 from relay.store.generations import Hint, Watch, Watched
+from relay.web.auth import Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Relay:
     shards: Held
     holder: Holder
     bell: Bell
+    gate: Gate
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]
     now: Callable[[], int]

@@ -1,9 +1,11 @@
 """The table of all operations: routes and OpenAPI are both made from it."""
 
+from relay.key import Scope
 from relay.web import api
 from relay.web import resources as r
 from relay.web.operation import Operation
 
+READ, WRITE, REPLAY, ADMIN = Scope.READ, Scope.WRITE, Scope.REPLAY, Scope.ADMIN
 _FOUND = {200: "Found", 404: "There is no such thing"}
 _ENDPOINT = {"url": "https://hooks.example.com/relay", "event_types": ["generation.completed"]}
 _GENERATION = {"account": "pixellabs", "job_id": "gen_8f7b2c9a1e3d", "metadata": {"order": 42}}
@@ -12,6 +14,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/endpoints",
+        WRITE,
         "Register a URL",
         api.create_endpoint,
         r.EndpointWithSecret,
@@ -23,16 +26,20 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/endpoints",
+        READ,
         "List endpoints",
         api.list_endpoints,
         r.Page[r.EndpointResource],
         {200: "A page"},
         query=r.PageQuery,
     ),
-    Operation("GET", "/v1/endpoints/{id}", "Show an endpoint", api.get_endpoint, r.EndpointResource, _FOUND),
+    Operation(
+        "GET", "/v1/endpoints/{id}", READ, "Show an endpoint", api.get_endpoint, r.EndpointResource, _FOUND
+    ),
     Operation(
         "PATCH",
         "/v1/endpoints/{id}",
+        WRITE,
         "Change an endpoint",
         api.change_endpoint,
         r.EndpointResource,
@@ -43,6 +50,7 @@ OPERATIONS = (
     Operation(
         "DELETE",
         "/v1/endpoints/{id}",
+        WRITE,
         "Delete an endpoint; its open deliveries are canceled",
         api.delete_endpoint,
         None,
@@ -51,6 +59,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/endpoints/{id}/enable",
+        WRITE,
         "Enable an endpoint",
         api.enable_endpoint,
         r.EndpointResource,
@@ -59,6 +68,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/endpoints/{id}/disable",
+        WRITE,
         "Disable an endpoint; its open deliveries are canceled",
         api.disable_endpoint,
         r.EndpointResource,
@@ -67,6 +77,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/endpoints/{id}/test",
+        WRITE,
         "Send endpoint.test, once",
         api.test_endpoint,
         r.DeliveryResource,
@@ -75,6 +86,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/endpoints/{id}/secret/rotate",
+        ADMIN,
         "Give an endpoint a new secret; the old one signs too for a while",
         api.rotate_secret,
         r.SecretResource,
@@ -85,6 +97,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/endpoints/{id}/secret",
+        ADMIN,
         "Show an endpoint's secret",
         api.get_secret,
         r.SecretResource,
@@ -93,6 +106,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/signing-secret",
+        ADMIN,
         "Show what deliveries to callback_url are signed with",
         api.get_signing_secret,
         r.SecretResource,
@@ -101,6 +115,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/generations",
+        WRITE,
         "Watch a generation",
         api.create_generation,
         r.GenerationResource,
@@ -112,6 +127,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/generations",
+        READ,
         "List generations",
         api.list_generations,
         r.Page[r.GenerationResource],
@@ -119,11 +135,18 @@ OPERATIONS = (
         query=r.GenerationQuery,
     ),
     Operation(
-        "GET", "/v1/generations/{id}", "Show a generation", api.get_generation, r.GenerationResource, _FOUND
+        "GET",
+        "/v1/generations/{id}",
+        READ,
+        "Show a generation",
+        api.get_generation,
+        r.GenerationResource,
+        _FOUND,
     ),
     Operation(
         "PATCH",
         "/v1/generations/{id}",
+        WRITE,
         "Set a generation's job id or metadata",
         api.change_generation,
         r.GenerationResource,
@@ -134,6 +157,7 @@ OPERATIONS = (
     Operation(
         "DELETE",
         "/v1/generations/{id}",
+        WRITE,
         "Stop watching a generation",
         api.delete_generation,
         None,
@@ -142,6 +166,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/generations/{id}/refresh",
+        WRITE,
         "Ask the provider now; last_error tells when it could not be asked",
         api.refresh_generation,
         r.GenerationResource,
@@ -155,6 +180,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/generations/{id}/wait",
+        READ,
         "Answer when a generation has ended or the time is over",
         api.wait_for_generation,
         r.GenerationResource,
@@ -164,6 +190,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/events",
+        WRITE,
         "Publish an event of your own, or up to 100 as a list",
         api.publish_event,
         r.EventResource,
@@ -177,16 +204,18 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/events",
+        READ,
         "List events",
         api.list_events,
         r.Page[r.EventResource],
         {200: "A page"},
         query=r.EventQuery,
     ),
-    Operation("GET", "/v1/events/{id}", "Show an event", api.get_event, r.EventResource, _FOUND),
+    Operation("GET", "/v1/events/{id}", READ, "Show an event", api.get_event, r.EventResource, _FOUND),
     Operation(
         "GET",
         "/v1/deliveries",
+        READ,
         "List deliveries",
         api.list_deliveries,
         r.Page[r.DeliveryResource],
@@ -196,6 +225,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/deliveries/{id}",
+        READ,
         "Show a delivery and its attempts",
         api.get_delivery,
         r.DeliveryWithAttempts,
@@ -204,6 +234,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/deliveries/{id}/replay",
+        REPLAY,
         "Make a finished delivery pending again",
         api.replay_delivery,
         r.DeliveryResource,
@@ -212,6 +243,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/accounts",
+        READ,
         "List accounts and how they are",
         api.list_accounts,
         r.Page[r.AccountResource],
