@@ -8,9 +8,10 @@ import hmac
 import re
 import secrets
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 from relay.ids import new_id
 
@@ -24,10 +25,20 @@ _TEXT = re.compile(rf"rk_([0-9A-HJKMNP-TV-Z]{{26}})_[0-9A-Za-z]{{{_CHANCE}}}")
 class Scope(StrEnum):
     """What a key may do for its tenant; none includes another one, but ADMIN all of them."""
 
-    READ = "read"  # every GET, but secrets, keys and the audit log
-    WRITE = "write"  # create, change and delete endpoints, generations and events; test, refresh
-    REPLAY = "replay"  # make finished deliveries pending again
-    ADMIN = "admin"  # everything, and alone: secrets, keys, accounts, the audit log
+    READ = "read"
+    WRITE = "write"
+    REPLAY = "replay"
+    ADMIN = "admin"
+
+
+MEANINGS: Mapping[Scope, str] = MappingProxyType(
+    {
+        Scope.READ: "look at everything but secrets, keys and the audit log",
+        Scope.WRITE: "create, change and delete endpoints and generations, publish events, test, refresh",
+        Scope.REPLAY: "make finished deliveries pending again",
+        Scope.ADMIN: "everything, and alone: show and rotate secrets, keys, the audit log, add accounts",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

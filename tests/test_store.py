@@ -28,7 +28,7 @@ from relay.store.migrate import migrate, pending
 from tests.postgres import Cluster
 
 NOW = 1_800_000_000_000
-SECOND, DAY = 1_000, 86_400_000
+SECOND, DAY, YEAR = 1_000, 86_400_000, 365 * 86_400_000
 TENANT = "default"
 NOTHING_HANDED_OVER = Handoff("", NOW, lambda destination, size: False)
 DONE = Update(status=Is.COMPLETED, provider_status="completed", outputs=(Output("https://a.test/1.png"),))
@@ -196,7 +196,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "keys": {"id": "key_1", "tenant": "t", "scopes": "read", "hash": "h", "created_at": 1},
     "audit": {
         "id": "aud_1", "tenant": "t", "at": 1, "actor": "cli", "action": "key.created", "object": "key_1",
-        "details": "{}",
+        "details": '{"fields": []}',
     },
     "endpoints": {
         "id": "ep_1", "tenant": "t", "url": "https://a.test/", "event_types": "[]", "accounts": "[]",
@@ -1585,16 +1585,16 @@ async def test_what_has_ended_and_is_old_is_removed(store: Store, status: Status
     await registered(store)
     await settled(store, "old", status, at=NOW - 31 * DAY)
     kept = await settled(store, "young", status, at=NOW - 29 * DAY)
-    assert await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW) > 0
+    assert await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW) > 0
     assert await counts(store) == [1, 1, 1, 1]
     assert await store.generations.get(TENANT, kept) is not None
-    assert await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW) == 0
+    assert await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW) == 0
 
 
 async def test_attempts_may_go_before_their_deliveries(store: Store):
     await registered(store)
     await settled(store, "old", Status.FAILED, at=NOW - 8 * DAY)
-    await prune(store, events=30 * DAY, attempts=7 * DAY, now=NOW)
+    await prune(store, events=30 * DAY, attempts=7 * DAY, audit=YEAR, now=NOW)
     assert await counts(store) == [1, 1, 1, 0]
 
 
@@ -1607,14 +1607,14 @@ async def test_nothing_that_has_not_ended_is_ever_removed(store: Store, age: int
     timed_out = await watched(store, "may still end late", at=at)
     await announced(store, timed_out, LATE, now=at)
     before = await counts(store)
-    await prune(store, events=DAY, attempts=DAY, now=NOW)
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW)
     assert await counts(store) == before
 
 
 async def test_a_generation_that_ended_long_after_it_began_stays_as_long_as_its_end_is_young(store: Store):
     made = await watched(store, at=NOW - 40 * DAY)
     await announced(store, made, now=NOW - DAY)
-    await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW)
+    await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW)
     assert await store.generations.get(TENANT, made.id) is not None
 
 
@@ -1623,17 +1623,17 @@ async def test_more_is_removed_than_one_batch_holds(store: Store):
     made = [one.generation for one in await store.generations.create(wishes) if one.generation]
     changes = [change_of(one, now=NOW - 31 * DAY) for one in made]
     await store.events.record(changes, [], NOTHING_HANDED_OVER, now=NOW - 31 * DAY)
-    await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW)
+    await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW)
     assert await counts(store) == [0, 0, 0, 0]
 
 
 async def test_an_idempotency_key_works_for_a_day(store: Store):
     key = Idempotency("k", "hash")
     [made] = await store.generations.create([Watch(a_generation(None), key)])
-    await prune(store, events=DAY, attempts=DAY, now=NOW + DAY)
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW + DAY)
     [again] = await store.generations.create([Watch(a_generation(None), key)])
     assert again.generation == made.generation
-    await prune(store, events=DAY, attempts=DAY, now=NOW + DAY + 1)
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW + DAY + 1)
     [new] = await store.generations.create([Watch(a_generation(None), key)])
     assert new.generation != made.generation
 

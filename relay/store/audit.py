@@ -56,7 +56,7 @@ async def note(tx: Transaction, entry: Entry | None) -> None:
         action=entry.action,
         object=entry.object,
         address=entry.address,
-        details=json.dumps({"fields": list(entry.fields)} if entry.fields else {}),
+        details=json.dumps({"fields": sorted(entry.fields)}),
     )
 
 
@@ -90,5 +90,5 @@ class Audit:
 
 def _read(row: Row) -> Noted:
     names = ("tenant", "at", "actor", "action", "object", "address")
-    fields = json.loads(row["details"]).get("fields", ())
+    fields = json.loads(row["details"])["fields"]
     return Noted(row["id"], Entry(**{name: row[name] for name in names}, fields=fields))

@@ -74,6 +74,13 @@ class Keys:
             )
         return [_read(row) for row in rows]
 
+    async def all(self, tenant: str | None) -> Sequence[Key]:
+        """Newest first; those of every tenant when none is named: for who has the database."""
+        condition, values = ("WHERE tenant = :tenant", {"tenant": tenant}) if tenant else ("", {})
+        async with self._db.read(browse=True) as tx:
+            rows = await tx.fetch(f"SELECT * FROM keys {condition} ORDER BY id DESC", **values)
+        return [_read(row) for row in rows]
+
     async def revoke(self, tenant: str, key_id: str, *, now: int, entry: Entry | None = None) -> bool:
         """Ends a key, for the next request on any relay; whether there is one. Ending it twice is no news."""
         async with self._db.write() as tx:
