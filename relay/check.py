@@ -19,6 +19,7 @@ from relay.store.migrate import pending
 from relay.store.tables import check_whole
 
 SHORTEST_SECRET = 32
+SHORTEST_ADMIN_KEY = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,9 @@ def _configuration(settings: Settings) -> list[Finding]:
     if len(settings.secret_key) < SHORTEST_SECRET:
         message = f"is shorter than {SHORTEST_SECRET} characters: make one with `openssl rand -hex 32`"
         found.append(Finding("secret_key", "warning", message))
+    if settings.admin_key is not None and len(settings.admin_key) < SHORTEST_ADMIN_KEY:
+        message = f"is shorter than {SHORTEST_ADMIN_KEY} characters: make one with `openssl rand -hex 32`"
+        found.append(Finding("admin_key", "warning", message))
     if not settings.accounts:
         found.append(Finding("accounts", "warning", "there are none: nothing can be watched"))
     configured = accounts(settings)

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from relay.errors import ConfigError
 from relay.store.accounts import Accounts
+from relay.store.audit import Audit
 from relay.store.credentials import Credentials
 from relay.store.database import Database
 from relay.store.deliveries import Deliveries
 from relay.store.endpoints import Endpoints
 from relay.store.events import Events
 from relay.store.generations import Generations
+from relay.store.keys import Keys
 from relay.store.retention import Retention
 from relay.store.shards import Shards
 from relay.store.sqlite import SQLite
@@ -38,6 +40,8 @@ class Store:
     events: Events
     deliveries: Deliveries
     tenants: Tenants
+    keys: Keys
+    audit: Audit
     accounts: Accounts
     credentials: Credentials
     shards: Shards
@@ -74,6 +78,8 @@ def store_on(database: Database) -> Store:
         events=Events(database),
         deliveries=Deliveries(database),
         tenants=Tenants(database),
+        keys=Keys(database),
+        audit=Audit(database),
         accounts=Accounts(database),
         credentials=Credentials(database),
         shards=Shards(database),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from relay.errors import Conflict
+from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, repeated
 from relay.store.idempotency import Idempotency, reserve
 
@@ -42,7 +43,9 @@ class Credentials:
         self._db = database
 
     @repeated
-    async def create(self, new: Credential, idempotency: Idempotency | None) -> str:
+    async def create(
+        self, new: Credential, idempotency: Idempotency | None, *, entry: Entry | None = None
+    ) -> str:
         """Stores a credential; its name, or that of the one that the key created before, which may be gone.
 
         Raises Conflict when the tenant has an account of this name, or too many.
@@ -60,6 +63,8 @@ class Credentials:
                 raise Conflict(f"there are {MOST} accounts already, more are not taken: delete one")
             if not await tx.execute(_CREATE, **self._write(new)):
                 raise Conflict("there is an account of this name already")
+            await tx.execute("DELETE FROM accounts WHERE name = :name", name=new.name)
+            await note(tx, entry)
         return new.name
 
     async def versions(self) -> Mapping[str, int]:
@@ -77,7 +82,9 @@ class Credentials:
         return [self._read(row) for row in rows]
 
     @repeated
-    async def change(self, name: str, made: Callable[[Credential], Credential], *, now: int) -> bool:
+    async def change(
+        self, name: str, made: Callable[[Credential], Credential], *, now: int, entry: Entry | None = None
+    ) -> bool:
         """Replaces a credential by what is `made` of it; whether there is one. Raises what `made` raises."""
         async with self._db.write() as tx:
             # Who comes second waits here, and then changes what the other one has made of it.
@@ -89,10 +96,11 @@ class Credentials:
             # Another time than before, also within one millisecond: by that a change is known.
             after = replace(made(before), updated_at=max(now, before.updated_at + 1))
             await tx.execute(_CHANGE, **self._write(after))
+            await note(tx, entry)
         return True
 
     @repeated
-    async def delete(self, name: str) -> bool:
+    async def delete(self, name: str, *, entry: Entry | None = None) -> bool:
         """Removes a credential and how its account stands; whether there was one.
 
         Raises Conflict while there are open generations of it.
@@ -103,6 +111,7 @@ class Credentials:
                     raise Conflict("there are open generations of this account: delete them, or let them end")
                 return False
             await tx.execute("DELETE FROM accounts WHERE name = :name", name=name)
+            await note(tx, entry)
         return True
 
     def _write(self, one: Credential) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from relay import event
 from relay.delivery import Claimed, Settlement, Status, Trigger
 from relay.errors import Conflict, NotFound
 from relay.ids import new_id
+from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.endpoints import cancel_open, disable
 from relay.store.events import Handoff, fan_out, insert, listed
@@ -201,7 +202,7 @@ class Deliveries:
             )
         return [_read(row) for row in rows]
 
-    async def replay(self, tenant: str, delivery_id: str, *, now: int) -> str:
+    async def replay(self, tenant: str, delivery_id: str, *, now: int, entry: Entry | None = None) -> str:
         """Makes a finished delivery pending again, with a fresh run of the schedule; its destination.
 
         Raises NotFound, or Conflict when it is not finished or its endpoint takes nothing now.
@@ -211,6 +212,7 @@ class Deliveries:
                 _REPLAY, id=delivery_id, tenant=tenant, now=now, over=now - LONGEST_ATTEMPT
             )
             rows = await tx.fetch(_REPLAYED, id=delivery_id, tenant=tenant)
+            await note(tx, entry if replayed else None)
         if not rows:
             raise NotFound(f"no delivery {delivery_id}")
         if not replayed:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from relay.endpoint import Endpoint
+from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.filters import where
 from relay.store.idempotency import Idempotency, reserve
@@ -22,7 +23,9 @@ class Endpoints:
         self._db = database
 
     @repeated
-    async def create(self, endpoint: Endpoint, idempotency: Idempotency | None) -> Endpoint | None:
+    async def create(
+        self, endpoint: Endpoint, idempotency: Idempotency | None, *, entry: Entry | None = None
+    ) -> Endpoint | None:
         """The new endpoint, or the one that the key created before; None when that one is gone."""
         async with self._db.write() as tx:
             before = await reserve(
@@ -44,6 +47,7 @@ class Endpoints:
                 """,
                 **_values(endpoint),
             )
+            await note(tx, entry)
         return endpoint
 
     async def get(self, tenant: str, endpoint_id: str) -> Endpoint | None:
@@ -66,7 +70,13 @@ class Endpoints:
         return [read_endpoint(row) for row in rows]
 
     async def change(
-        self, tenant: str, endpoint_id: str, changes: Mapping[str, Any], *, now: int
+        self,
+        tenant: str,
+        endpoint_id: str,
+        changes: Mapping[str, Any],
+        *,
+        now: int,
+        entry: Entry | None = None,
     ) -> Endpoint | None:
         """Writes the fields that `changes` names, and no other; the endpoint then, None without one."""
         values = {
@@ -75,7 +85,7 @@ class Endpoints:
             if name in _CHANGEABLE
         }
         async with self._db.write() as tx:
-            await tx.execute(
+            changed = await tx.execute(
                 f"""
                 UPDATE endpoints SET {"".join(f"{name} = :{name}, " for name in values)} updated_at = :now
                 WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
@@ -85,12 +95,22 @@ class Endpoints:
                 now=now,
                 **values,
             )
+            await note(tx, entry if changed else None)
             return await _get(tx, tenant, endpoint_id)
 
-    async def rotate(self, tenant: str, endpoint_id: str, secret: str, *, expires_at: int, now: int) -> None:
+    async def rotate(
+        self,
+        tenant: str,
+        endpoint_id: str,
+        secret: str,
+        *,
+        expires_at: int,
+        now: int,
+        entry: Entry | None = None,
+    ) -> None:
         """Gives an endpoint a new secret; the old one is valid until `expires_at`."""
         async with self._db.write() as tx:
-            await tx.execute(
+            rotated = await tx.execute(
                 """
                 UPDATE endpoints
                 SET previous_secret = secret, previous_secret_expires_at = :expires_at, secret = :secret,
@@ -103,10 +123,11 @@ class Endpoints:
                 expires_at=expires_at,
                 now=now,
             )
+            await note(tx, entry if rotated else None)
 
-    async def enable(self, tenant: str, endpoint_id: str, *, now: int) -> None:
+    async def enable(self, tenant: str, endpoint_id: str, *, now: int, entry: Entry | None = None) -> None:
         async with self._db.write() as tx:
-            await tx.execute(
+            enabled = await tx.execute(
                 """
                 UPDATE endpoints
                 SET disabled_at = NULL, disabled_reason = NULL, failing_since = NULL, failing_event = NULL,
@@ -117,17 +138,21 @@ class Endpoints:
                 tenant=tenant,
                 now=now,
             )
+            await note(tx, entry if enabled else None)
 
     @repeated
-    async def disable(self, tenant: str, endpoint_id: str, *, reason: str, now: int) -> None:
+    async def disable(
+        self, tenant: str, endpoint_id: str, *, reason: str, now: int, entry: Entry | None = None
+    ) -> None:
         """Its open deliveries become canceled, and may be replayed once it is enabled again."""
         async with self._db.write() as tx:
             if await _get(tx, tenant, endpoint_id) is not None:
                 await disable(tx, [endpoint_id], reason=reason, now=now)
                 await cancel_open(tx, [endpoint_id], now=now)
+                await note(tx, entry)
 
     @repeated
-    async def delete(self, tenant: str, endpoint_id: str, *, now: int) -> None:
+    async def delete(self, tenant: str, endpoint_id: str, *, now: int, entry: Entry | None = None) -> None:
         """Its history stays readable; its secrets are gone."""
         async with self._db.write() as tx:
             deleted = await tx.execute(
@@ -145,6 +170,7 @@ class Endpoints:
             )
             if deleted:
                 await cancel_open(tx, [endpoint_id], now=now)
+                await note(tx, entry)
 
 
 async def disable(tx: Transaction, endpoint_ids: Iterable[str], *, reason: str, now: int) -> Sequence[str]:

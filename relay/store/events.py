@@ -12,6 +12,7 @@ from relay.event import ENDINGS, FLEETING, PROGRESS, Event
 from relay.generation import FINAL, Generation
 from relay.ids import new_id
 from relay.schedule import CALLED, Asked
+from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.endpoints import read_endpoint
 from relay.store.filters import where
@@ -112,7 +113,7 @@ class Events:
             return await fan_out(tx, events, handoff, now=now)
 
     async def send(
-        self, event: Event, endpoint: Endpoint, handoff: Handoff, *, now: int
+        self, event: Event, endpoint: Endpoint, handoff: Handoff, *, now: int, entry: Entry | None = None
     ) -> tuple[str, Sequence[Claimed]]:
         """Stores an event for one endpoint only, whatever its filter; its delivery's id, and the delivery
         when it is handed over."""
@@ -120,6 +121,7 @@ class Events:
         async with self._db.write() as tx:
             await insert(tx, [event])
             await tx.execute_many(_DELIVER, [row])
+            await note(tx, entry)
         return row["id"], _claimed([row], {event.id: event}, {endpoint.id: endpoint}, {}, handoff, now=now)
 
     async def get(self, tenant: str, event_id: str) -> Event | None:
