@@ -372,9 +372,9 @@ async def change_account(call: Call[r.AccountChange, None]) -> Result:
             raise Invalid(FieldError("api_key", problem))
         return after
 
-    found, entry = None, call.entry("account.changed", account.shown, fields=sorted(call.body.model_fields_set))
-    if await relay.store.credentials.change(account.name, changed, now=relay.now(), entry=entry):
-        found = await _changed_account(relay, account.name)
+    entry = call.entry("account.changed", account.shown, fields=sorted(call.body.model_fields_set))
+    is_there = await relay.store.credentials.change(account.name, changed, now=relay.now(), entry=entry)
+    found = await _changed_account(relay, account.name) if is_there else None
     if found is None:
         raise NotFound(f"no account {account.shown}")
     return Result(200, _account(relay, found, call.tenant))

@@ -70,6 +70,10 @@ def _provider(value: str) -> str:
     return value
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -447,7 +451,13 @@ class AccountCreate(Request):
 class AccountChange(Request):
     """Only the fields that are given are changed; null is the provider's own value again."""
 
-    api_key: Credential = Field(default="", repr=False, description="Needed with a base_url at another host.")
+    api_key: Credential = Field(
+        default="",
+        repr=False,
+        description="Needed with a base_url at another host.",
+        # That is no value it may have: left out, it stays as it is.
+        json_schema_extra=_without_default,
+    )
     webhook_secret: WebhookSecrets | None = Field(default=None, repr=False)
     base_url: str | None = None
     timeout_seconds: Seconds | None = None
