@@ -24,6 +24,7 @@ from relay.hints import Turns
 from relay.hold import SPARE, Holder
 from relay.ids import new_id
 from relay.ingest import Ingest
+from relay.keyring import KeyRing
 from relay.poll import Poller
 from relay.prune import prune
 from relay.renew import Renewer
@@ -33,6 +34,7 @@ from relay.shard import Held
 from relay.store import Store, open_database, store_on
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
+from relay.store.sealed import check_sealed
 from relay.store.tables import check_whole
 from relay.store.tenants import DEFAULT
 from relay.web import inbound, ops
@@ -121,8 +123,9 @@ async def running(
     async with AsyncExitStack() as stack:
         database = await open_database(settings.database, patience=PATIENCE)
         stack.push_async_callback(database.close)
-        store = store_on(database)
-        await _prepare(store, settings, now=now, show_key=show_key)
+        keyring = KeyRing(settings.secret_keys)
+        store = store_on(database, keyring)
+        await _prepare(store, keyring, settings, now=now, show_key=show_key)
         guard = Guard(settings.network.allow)
         asker = Asker.open(
             guard, capability=f"{settings.origin}/hooks/", proxy=settings.network.proxy, now=now
@@ -149,11 +152,17 @@ async def running(
 
 
 async def _prepare(
-    store: Store, settings: Settings, *, now: Callable[[], int], show_key: Callable[[str], None] | None
+    store: Store,
+    keyring: KeyRing,
+    settings: Settings,
+    *,
+    now: Callable[[], int],
+    show_key: Callable[[str], None] | None,
 ) -> None:
     for name in await migrate(store.database, now=now()):
         log.info("database.migrated", extra={"migration": name})
     await check_whole(store.database)
+    await check_sealed(store.sealed, keyring)
     await store.tenants.found(DEFAULT, signature.new_secret(), now=now())
     if settings.admin_key is None and not await store.tenants.has_keys():
         key, key_id = new_key(), new_id("key", now())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relay.errors import ConfigError
+from relay.keyring import KeyRing
 from relay.store.accounts import Accounts
 from relay.store.database import Database
 from relay.store.deliveries import Deliveries
@@ -22,6 +23,7 @@ from relay.store.endpoints import Endpoints
 from relay.store.events import Events
 from relay.store.generations import Generations
 from relay.store.retention import Retention
+from relay.store.sealed import Sealed
 from relay.store.shards import Shards
 from relay.store.sqlite import SQLite
 from relay.store.tenants import Tenants
@@ -40,6 +42,7 @@ class Store:
     accounts: Accounts
     shards: Shards
     retention: Retention
+    sealed: Sealed
 
 
 async def open_database(url: str, *, alone: bool = True, patience: float = 0) -> Database:
@@ -64,15 +67,17 @@ async def open_database(url: str, *, alone: bool = True, patience: float = 0) ->
     )
 
 
-def store_on(database: Database) -> Store:
+def store_on(database: Database, keyring: KeyRing) -> Store:
+    """The store; `keyring` seals the secrets in it."""
     return Store(
         database=database,
-        endpoints=Endpoints(database),
+        endpoints=Endpoints(database, keyring),
         generations=Generations(database),
-        events=Events(database),
-        deliveries=Deliveries(database),
-        tenants=Tenants(database),
+        events=Events(database, keyring),
+        deliveries=Deliveries(database, keyring),
+        tenants=Tenants(database, keyring),
         accounts=Accounts(database),
         shards=Shards(database),
         retention=Retention(database),
+        sealed=Sealed(database, keyring),
     )

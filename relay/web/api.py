@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import httpx
 
 from relay import event, signature
-from relay.endpoint import Endpoint, canonical_url
+from relay.endpoint import Endpoint, Secret, canonical_url
 from relay.errors import Conflict, FieldError, Invalid, NotFound
 from relay.event import Event
 from relay.generation import Generation, Status
@@ -23,6 +23,7 @@ from relay.web.operation import Call, Result
 
 T = TypeVar("T")
 R = TypeVar("R")
+_BROKEN = "its secret cannot be opened: it was changed in the database; rotate it"
 
 
 async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
@@ -32,7 +33,12 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         id=new_id("ep", now),
         tenant=call.tenant,
         url=_url(call.relay, "url", body.url),
-        secret=body.secret or signature.new_secret(),
+        secrets=[
+            Secret(
+                body.secret or signature.new_secret(),
+                signature.new_private_key() if body.ed25519 else None,
+            )
+        ],
         created_at=now,
         updated_at=now,
         description=body.description,
@@ -45,6 +51,8 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
     created = await call.relay.store.endpoints.create(endpoint, call.idempotency)
     if created is None:
         raise Conflict("what this Idempotency-Key created is gone")
+    if not created.secrets:
+        raise Conflict(_BROKEN)
     return Result(201, r.EndpointWithSecret.of(created))
 
 
@@ -115,25 +123,24 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
     endpoint, now = await _endpoint(call), call.relay.now()
     secret = call.body.secret or signature.new_secret()
     expires_at = now + call.body.overlap_seconds * 1000
-    await call.relay.store.endpoints.rotate(call.tenant, endpoint.id, secret, expires_at=expires_at, now=now)
+    rotated = await call.relay.store.endpoints.rotate(
+        call.tenant, endpoint.id, secret, expires_at=expires_at, now=now
+    )
+    if rotated is None:
+        raise NotFound(f"no endpoint {endpoint.id}")
     call.relay.deliverer.changed(endpoint.id)
-    return Result(200, r.SecretResource(secret=secret, previous_secret_expires_at=rfc3339(expires_at)))
+    return Result(200, _secret(rotated, now))
 
 
 async def get_secret(call: Call[None, None]) -> Result:
-    endpoint = await _endpoint(call)
-    expires_at = endpoint.previous_secret_expires_at or 0
-    overlaps = expires_at > call.relay.now()
-    return Result(
-        200,
-        r.SecretResource(
-            secret=endpoint.secret, previous_secret_expires_at=rfc3339(expires_at) if overlaps else None
-        ),
-    )
+    return Result(200, _secret(await _endpoint(call), call.relay.now()))
 
 
 async def get_signing_secret(call: Call[None, None]) -> Result:
-    return Result(200, r.SecretResource(secret=await call.relay.store.tenants.signing_secret(call.tenant)))
+    secret = await call.relay.store.tenants.signing_secret(call.tenant)
+    if secret is None:
+        raise Conflict("the signing secret cannot be opened: it was changed in the database")
+    return Result(200, r.SecretResource(secret=secret))
 
 
 async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
@@ -281,6 +288,18 @@ async def list_accounts(call: Call[None, r.PageQuery]) -> Result:
     page, more = names[: call.query.limit], len(names) > call.query.limit
     data = [_account(call.relay, name) for name in page]
     return Result(200, r.Page[r.AccountResource](data=data, next_cursor=page[-1] if more else None))
+
+
+def _secret(endpoint: Endpoint, now: int) -> r.SecretResource:
+    if not endpoint.secrets:
+        raise Conflict(_BROKEN)
+    newest, *older = endpoint.secrets
+    expires_at = max((one.expires_at or 0 for one in older), default=0)
+    return r.SecretResource(
+        secret=newest.symmetric,
+        public_key=endpoint.public_key,
+        previous_secret_expires_at=rfc3339(expires_at) if expires_at > now else None,
+    )
 
 
 def _url(relay: Relay, field: str, url: str) -> str:
