@@ -2,11 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from typing import Any
-
-from pydantic import TypeAdapter
 
 from relay.endpoint import Endpoint, Secret, rotated, with_ed25519
 from relay.keyring import KeyRing
@@ -17,7 +15,6 @@ from relay.store.sealed import opened
 
 _CHANGEABLE = ("url", "description", "event_types", "accounts", "headers", "rate_limit", "metadata")
 _JSON = ("event_types", "accounts", "metadata")
-_SECRETS = TypeAdapter(tuple[Secret, ...])
 
 
 class Endpoints:
@@ -194,7 +191,7 @@ class Endpoints:
 
     def _sealed_secrets(self, tenant: str, endpoint_id: str, secrets: Sequence[Secret]) -> str:
         place = ("endpoints", "secrets", endpoint_id, tenant)
-        return self._keyring.seal(_SECRETS.dump_json(tuple(secrets)).decode(), *place)
+        return self._keyring.seal(json.dumps([asdict(one) for one in secrets]), *place)
 
 
 async def disable(tx: Transaction, endpoint_ids: Iterable[str], *, reason: str, now: int) -> Sequence[str]:
@@ -233,7 +230,7 @@ def read_endpoint(keyring: KeyRing, row: Row) -> Endpoint:
 def read_secrets(keyring: KeyRing, tenant: str, endpoint_id: str, sealed: str) -> Sequence[Secret]:
     """Newest first; none when they cannot be opened."""
     text = opened(keyring, sealed, "endpoints", "secrets", endpoint_id, tenant) if sealed else None
-    return _SECRETS.validate_json(text) if text else ()
+    return tuple(Secret(**one) for one in json.loads(text)) if text else ()
 
 
 def read_headers(keyring: KeyRing, tenant: str, endpoint_id: str, sealed: str) -> Mapping[str, str]:
