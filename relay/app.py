@@ -24,7 +24,9 @@ from relay.hints import Turns
 from relay.hold import SPARE, Holder
 from relay.ids import new_id
 from relay.ingest import Ingest
+from relay.key import Key, Scope, hash_of, new_key
 from relay.keyring import KeyRing
+from relay.limit import Limit
 from relay.poll import Poller
 from relay.prune import prune
 from relay.renew import Renewer
@@ -32,13 +34,14 @@ from relay.sender import Sender
 from relay.server import Server, bind, origin
 from relay.shard import Held
 from relay.store import Store, open_database, store_on
+from relay.store.audit import Entry
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
-from relay.store.sealed import check_sealed
 from relay.store.tables import check_whole
 from relay.store.tenants import DEFAULT
 from relay.web import inbound, ops
-from relay.web.auth import hash_key, new_key
+from relay.web.api import REPLAYS_A_SECOND, REPLAYS_AT_ONCE, TESTS_A_MINUTE
+from relay.web.auth import Gate
 from relay.web.context import Relay, State
 from relay.web.operations import OPERATIONS
 from relay.web.problem import HANDLERS
@@ -48,6 +51,7 @@ POLL_TICK = 0.25
 RETRY_TICK = 0.25
 BEAT = 2
 PRUNE_TICK = 3600
+KEYS_TICK = 60
 # A tick whose store takes nothing beats slower and slower: of so many beats at least one is tried.
 LONGEST_REST = 8
 # A database that is not there yet is waited for; seconds.
@@ -123,9 +127,8 @@ async def running(
     async with AsyncExitStack() as stack:
         database = await open_database(settings.database, patience=PATIENCE)
         stack.push_async_callback(database.close)
-        keyring = KeyRing(settings.secret_keys)
-        store = store_on(database, keyring)
-        await _prepare(store, keyring, settings, now=now, show_key=show_key)
+        store = store_on(database, KeyRing(settings.secret_keys))
+        await _prepare(store, settings, now=now, show_key=show_key)
         guard = Guard(settings.network.allow)
         asker = Asker.open(
             guard, capability=f"{settings.origin}/hooks/", proxy=settings.network.proxy, now=now
@@ -140,6 +143,7 @@ async def running(
         metronome = _metronome(relay)
         stack.callback(metronome.shutdown, wait=False)
         stack.push_async_callback(relay.bell.flush)
+        stack.push_async_callback(_steady("keys", relay.gate.write_down))
         stack.push_async_callback(relay.holder.stop)
         # In the order of their ends: polls first, then what they recorded, then what is being delivered.
         stack.push_async_callback(relay.deliverer.stop)
@@ -153,7 +157,6 @@ async def running(
 
 async def _prepare(
     store: Store,
-    keyring: KeyRing,
     settings: Settings,
     *,
     now: Callable[[], int],
@@ -162,13 +165,15 @@ async def _prepare(
     for name in await migrate(store.database, now=now()):
         log.info("database.migrated", extra={"migration": name})
     await check_whole(store.database)
-    await check_sealed(store.sealed, keyring)
+    await store.sealed.check()
     await store.tenants.found(DEFAULT, signature.new_secret(), now=now())
-    if settings.admin_key is None and not await store.tenants.has_keys():
-        key, key_id = new_key(), new_id("key", now())
-        is_first = await store.tenants.add_first_key(key_id, DEFAULT, "admin", hash_key(key), now=now())
-        if is_first and show_key is not None:
-            show_key(key)
+    if settings.admin_key is None and not await store.keys.any():
+        at = now()
+        key_id, text = new_key(at)
+        key = Key(key_id, DEFAULT, "admin", (Scope.ADMIN,), hash_of(text), created_at=at)
+        entry = Entry(DEFAULT, at, "relay", "key.created", key_id)
+        if await store.keys.create_first(key, entry=entry) and show_key is not None:
+            show_key(text)
 
 
 def _assemble(
@@ -251,6 +256,9 @@ def _assemble(
         shards=held,
         holder=holder,
         bell=bell,
+        gate=Gate(store.keys, settings.admin_key, now=now),
+        test_limit=Limit(TESTS_A_MINUTE / 60, TESTS_A_MINUTE),
+        replay_limit=Limit(REPLAYS_A_SECOND, REPLAYS_AT_ONCE),
         watch=Batch(store.generations.create),
         hint=Batch(hint),
         now=now,
@@ -283,7 +291,13 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
 
     async def remove_old() -> None:
         if relay.shards.covers("retention", relay.now()):
-            await prune(relay.store, events=retention.events, attempts=retention.attempts, now=relay.now())
+            await prune(
+                relay.store,
+                events=retention.events,
+                attempts=retention.attempts,
+                audit=retention.audit,
+                now=relay.now(),
+            )
 
     poll, deliver = _steady("poll", relay.poller.tick), _steady("deliver", relay.deliverer.tick)
     scheduler.add_job(poll, "interval", seconds=POLL_TICK)
@@ -292,6 +306,7 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
         beat = _steady("hold", relay.holder.beat, longest_rest=1)
         scheduler.add_job(beat, "interval", seconds=BEAT)
     scheduler.add_job(_steady("prune", remove_old, longest_rest=1), "interval", seconds=PRUNE_TICK)
+    scheduler.add_job(_steady("keys", relay.gate.write_down, longest_rest=1), "interval", seconds=KEYS_TICK)
     scheduler.start()
     return scheduler
 

@@ -18,10 +18,11 @@ from relay.signature import TOLERANCE
 from relay.store import open_database
 from relay.store.accounts import Accounts
 from relay.store.migrate import pending
-from relay.store.sealed import Sealed, check_sealed
+from relay.store.sealed import Sealed
 from relay.store.tables import check_whole
 
 SHORTEST_SECRET = 32
+SHORTEST_ADMIN_KEY = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,9 @@ def _configuration(settings: Settings) -> list[Finding]:
     if len(settings.secret_key) < SHORTEST_SECRET:
         message = f"is shorter than {SHORTEST_SECRET} characters: make one with `openssl rand -hex 32`"
         found.append(Finding("secret_key", "warning", message))
+    if settings.admin_key is not None and len(settings.admin_key) < SHORTEST_ADMIN_KEY:
+        message = f"is shorter than {SHORTEST_ADMIN_KEY} characters: make one with `openssl rand -hex 32`"
+        found.append(Finding("admin_key", "warning", message))
     if not settings.accounts:
         found.append(Finding("accounts", "warning", "there are none: nothing can be watched"))
     configured = accounts(settings)
@@ -88,8 +92,7 @@ async def _database(settings: Settings) -> Finding:
         names = await pending(database)
         if not names:
             await check_whole(database)
-            keyring = KeyRing(settings.secret_keys)
-            await check_sealed(Sealed(database, keyring), keyring)
+            await Sealed(database, KeyRing(settings.secret_keys)).check()
     except (ConfigError, StoreError) as error:
         return Finding("database", "failed", str(error).removeprefix("database: "))
     finally:

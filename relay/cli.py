@@ -26,16 +26,13 @@ from relay.copy import Progress, database_name
 from relay.copy import copy as copy_database
 from relay.demo import demo as run_demo
 from relay.errors import ConfigError, CopyFailed, StoreError
-from relay.keyring import KeyRing
+from relay.local import keys, rekey
 from relay.logs import set_up
-from relay.rekey import Rekeyed
-from relay.rekey import rekey as rekey_database
 from relay.remote import deliveries, endpoints, generations, track
 from relay.server import Server, bind, origin
 from relay.simulator import Simulator
 from relay.store import open_database
 from relay.store.migrate import migrate as migrate_database
-from relay.store.sealed import Sealed, check_sealed
 
 app = typer.Typer(
     name="relay",
@@ -45,6 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(track)
+app.command()(rekey)
+app.add_typer(keys, name="keys", help="Who may use the API: on the database, also of a running relay.")
 app.add_typer(generations, name="generations", help="The jobs that are watched.")
 app.add_typer(endpoints, name="endpoints", help="The URLs that are told.")
 app.add_typer(deliveries, name="deliveries", help="What was told, attempt by attempt.")
@@ -166,45 +165,6 @@ def copy(
         highlight=False,
         soft_wrap=True,
     )
-
-
-@app.command()
-def rekey(config: Config = None) -> None:
-    """Seal the secrets in the database with the newest secret_key; relays may run meanwhile."""
-    settings = load_config(config)
-    keyring = KeyRing(settings.secret_keys)
-    bars = bar.Progress(
-        bar.TextColumn("{task.description}"), bar.TextColumn("{task.completed:,} rows"), console=err
-    )
-    tasks: dict[str, bar.TaskID] = {}
-
-    def show(table: str, rows: int) -> None:
-        if table not in tasks:
-            tasks[table] = bars.add_task(table, total=None)
-        bars.update(tasks[table], completed=rows)
-
-    async def seal() -> Rekeyed:
-        database = await open_database(settings.database, alone=False, patience=PATIENCE)
-        try:
-            sealed = Sealed(database, keyring)
-            await check_sealed(sealed, keyring)
-            return await rekey_database(sealed, keyring.newest, show=show)
-        finally:
-            await database.close()
-
-    with bars:
-        done = _run(seal())
-    complaints = [f"{where} cannot be opened: it was changed in the database" for where in done.broken]
-    if done.left:
-        complaints.append(
-            f"{done.left} secrets were sealed with an older key meanwhile: restart every relay with the new"
-            " secret_key, then run this again"
-        )
-    for line in complaints:
-        err.print(f"[red]relay:[/] {escape(line)}", highlight=False, soft_wrap=True)
-    if complaints:
-        raise typer.Exit(1)
-    out.print("Every secret is sealed with the newest secret_key.")
 
 
 class _Rate(bar.ProgressColumn):

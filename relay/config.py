@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.networks import IPvAnyNetwork
 
 from relay.endpoint import canonical_url
@@ -57,6 +57,13 @@ Secrets = Annotated[
 ]
 
 
+def _sendable(value: str) -> str:
+    # Of an empty one nobody should have to think what it means: whoever writes it meant another one.
+    if not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ValueError("must be visible ASCII characters without spaces: use `openssl rand -hex 32`")
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -94,6 +101,7 @@ class NetworkSettings(_Section):
 class RetentionSettings(_Section):
     events: Duration = 30 * 86_400_000
     attempts: Duration = 30 * 86_400_000
+    audit: Duration = 365 * 86_400_000
 
 
 class Settings(_Section):
@@ -105,7 +113,7 @@ class Settings(_Section):
     database: str = "sqlite:///relay.db"
     secret_key: str = Field(min_length=1, repr=False)
     previous_secret_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), repr=False)
-    admin_key: str | None = Field(default=None, min_length=1, repr=False)
+    admin_key: Annotated[str, AfterValidator(_sendable)] | None = Field(default=None, repr=False)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     accounts: Mapping[Annotated[str, Field(pattern=ACCOUNT_NAME)], AccountSettings] = Field(
         default_factory=dict

@@ -7,7 +7,8 @@
     │  ├─ Malformed 400         not JSON at all, or not the protocol
     │  ├─ Unauthorized 401      no key or a wrong one
     │  ├─ Unsigned 401          a callback without its provider's signature
-    │  ├─ NotFound 404          unknown, or another tenant's
+    │  ├─ Forbidden 403        a key that may not do this
+  │  ├─ NotFound 404          unknown, or another tenant's
     │  ├─ Conflict 409          the state of the thing does not allow it
     │  ├─ TooLarge 413          over a limit
     │  ├─ Invalid 422           well-formed but wrong: names each field
@@ -63,6 +64,11 @@ class Unauthorized(Refused):
 class Unsigned(Refused):
     status = 401
     title = "No or bad signature"
+
+
+class Forbidden(Refused):
+    status = 403
+    title = "Not allowed"
 
 
 class NotFound(Refused):

@@ -15,9 +15,9 @@ class Rekeyed:
     broken: Sequence[str]
 
 
-async def rekey(sealed: Sealed, newest: str, *, show: Callable[[str, int], None]) -> Rekeyed:
-    """Seals what is not sealed with the key of the id `newest`; `show` is told of each table how many of its
-    rows have been looked at."""
+async def rekey(sealed: Sealed, *, show: Callable[[str, int], None]) -> Rekeyed:
+    """Seals what is not sealed with the newest key; `show` is told of each table how many of its rows it has
+    looked at."""
     broken: list[str] = []
     for table in SEALED:
         after: str | None = ""
@@ -29,4 +29,4 @@ async def rekey(sealed: Sealed, newest: str, *, show: Callable[[str, int], None]
             broken += page.broken
             show(table, looked_at)
     keys = await sealed.keys()
-    return Rekeyed(left=sum(keys.values()) - keys.get(newest, 0) - len(broken), broken=broken)
+    return Rekeyed(left=sum(keys.values()) - keys.get(sealed.newest, 0) - len(broken), broken=broken)

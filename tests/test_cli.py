@@ -59,7 +59,10 @@ def write(directory: Path, document: object) -> None:
         ("secret_key: ${file:/nowhere/key}", "secret_key: /nowhere/key cannot be read"),
         ({"secret_key": "s", "prot": 1}, "prot: there is no such key"),
         ({"secret_key": "s", "port": "many"}, "port: "),
-        ({"secret_key": "s", "admin_key": ""}, "admin_key: "),
+        *(
+            ({"secret_key": "s", "admin_key": key}, "admin_key: must be visible ASCII characters")
+            for key in ("", " ", "\t", "two words", "schlüssel")
+        ),
         ({"secret_key": "s", "database": "mysql://x"}, "database: "),
         ({"secret_key": "s", "database": "sqlite:////proc/none/relay.db"}, "database: "),
         ({"secret_key": "s", "delivery": {"timeout": 15}}, "delivery.timeout: write a duration"),

@@ -19,7 +19,7 @@ from relay.keyring import KeyRing
 from relay.rekey import rekey
 from relay.store import Store, open_database, store_on
 from relay.store.migrate import migrate
-from relay.store.sealed import PAGE, check_sealed
+from relay.store.sealed import PAGE
 from tests.conftest import World
 from tests.program import Program, Receiver, seeded
 from tests.serving import Received, serving
@@ -119,18 +119,17 @@ async def test_rekeying_seals_everything_anew_goes_on_where_it_was_and_leaves_br
         await execute(store, tampered, id=made[3].id)
     seen: list[tuple[str, int]] = []
     async with opened(database_url, NEW, OLD) as store:
-        ring = KeyRing([NEW, OLD])
         # Interrupted after one page, and begun anew.
         await store.sealed.rekey("endpoints", "")
-        done = await rekey(store.sealed, ring.newest, show=lambda *far: seen.append(far))
+        done = await rekey(store.sealed, show=lambda *far: seen.append(far))
         assert done.left == 0
         assert done.broken == [f"endpoints.secrets of {made[3].id}"]
         assert ("endpoints", PAGE + 5) in seen
     async with opened(database_url, NEW) as store:
         with pytest.raises(ConfigError):  # the one that could not be opened
-            await check_sealed(store.sealed, KeyRing([NEW]))
+            await store.sealed.check()
         await execute(store, "DELETE FROM endpoints WHERE id = :id", id=made[3].id)
-        await check_sealed(store.sealed, KeyRing([NEW]))
+        await store.sealed.check()
         assert await store.tenants.signing_secret(TENANT) == PLAIN
         found = await store.endpoints.get(TENANT, made[PAGE + 4].id)
         assert found is not None and found.secrets == (Secret(f"whsec_{PAGE + 4}"),)
@@ -166,7 +165,7 @@ async def test_rekeying_while_a_relay_serves_fails_no_delivery(tmp_path: Path, d
         assert shown["previous_secret_expires_at"] is not None
         assert await program.end(signal.SIGTERM) == 0
     async with opened(database_url, NEW) as store:
-        await check_sealed(store.sealed, KeyRing([NEW]))
+        await store.sealed.check()
 
 
 async def test_ed25519_signatures_stand_beside_the_others_and_rotate_with_them(world: World) -> None:

@@ -29,7 +29,7 @@ from tests.keyring import KEYRING
 from tests.postgres import Cluster
 
 NOW = 1_800_000_000_000
-SECOND, DAY = 1_000, 86_400_000
+SECOND, DAY, YEAR = 1_000, 86_400_000, 365 * 86_400_000
 TENANT = "default"
 NOTHING_HANDED_OVER = Handoff("", NOW, lambda destination, size: False)
 DONE = Update(status=Is.COMPLETED, provider_status="completed", outputs=(Output("https://a.test/1.png"),))
@@ -194,7 +194,11 @@ async def endpoint_of(store: Store, one: Claimed) -> Endpoint:
 # What is impossible, the database refuses.
 
 ROWS: dict[str, dict[str, Any]] = {
-    "keys": {"id": "key_1", "tenant": "t", "name": "n", "hash": "h", "created_at": 1},
+    "keys": {"id": "key_1", "tenant": "t", "scopes": "read", "hash": "h", "created_at": 1},
+    "audit": {
+        "id": "aud_1", "tenant": "t", "at": 1, "actor": "cli", "action": "key.created", "object": "key_1",
+        "details": '{"fields": []}',
+    },
     "endpoints": {
         "id": "ep_1", "tenant": "t", "url": "https://a.test/", "event_types": "[]", "accounts": "[]",
         "headers": "", "metadata": "{}", "secrets": "s", "created_at": 1, "updated_at": 1,
@@ -275,7 +279,7 @@ async def test_an_impossible_row_is_refused_by_name(
     ("table", "changes", "refusal"),
     # In the words of SQLite, or else of PostgreSQL.
     [
-        ("keys", {"id": "key_2"}, "keys.hash|keys_are_known_by_their_hash"),
+        ("keys", {"hash": "h2"}, "keys.id|keys_pkey"),
         ("generations", {"id": "gen_2"}, "generations.job_id|a_job_is_watched_once"),
         ("events", {"id": "evt_2", "source_id": None}, "events.announces|each_status_is_announced_once"),
         (
@@ -420,20 +424,12 @@ async def test_what_is_wrong_with_one_row_is_no_general_failure(store: Store, ch
     await insert(store, "endpoints", id="ep_3")
 
 
-# Tenants and keys.
+# Tenants.
 
 
 async def test_a_tenant_keeps_its_first_secret(store: Store):
     await store.tenants.found(TENANT, "another", now=NOW)
     assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
-
-
-async def test_a_key_is_known_by_its_hash(store: Store):
-    assert not await store.tenants.has_keys()
-    await store.tenants.add_key("key_1", TENANT, "admin", "hash", now=NOW)
-    assert await store.tenants.has_keys()
-    assert await store.tenants.key_tenant("hash") == TENANT
-    assert await store.tenants.key_tenant("other") is None
 
 
 # Endpoints.
@@ -1596,16 +1592,16 @@ async def test_what_has_ended_and_is_old_is_removed(store: Store, status: Status
     await registered(store)
     await settled(store, "old", status, at=NOW - 31 * DAY)
     kept = await settled(store, "young", status, at=NOW - 29 * DAY)
-    assert await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW) > 0
+    assert await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW) > 0
     assert await counts(store) == [1, 1, 1, 1]
     assert await store.generations.get(TENANT, kept) is not None
-    assert await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW) == 0
+    assert await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW) == 0
 
 
 async def test_attempts_may_go_before_their_deliveries(store: Store):
     await registered(store)
     await settled(store, "old", Status.FAILED, at=NOW - 8 * DAY)
-    await prune(store, events=30 * DAY, attempts=7 * DAY, now=NOW)
+    await prune(store, events=30 * DAY, attempts=7 * DAY, audit=YEAR, now=NOW)
     assert await counts(store) == [1, 1, 1, 0]
 
 
@@ -1618,14 +1614,14 @@ async def test_nothing_that_has_not_ended_is_ever_removed(store: Store, age: int
     timed_out = await watched(store, "may still end late", at=at)
     await announced(store, timed_out, LATE, now=at)
     before = await counts(store)
-    await prune(store, events=DAY, attempts=DAY, now=NOW)
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW)
     assert await counts(store) == before
 
 
 async def test_a_generation_that_ended_long_after_it_began_stays_as_long_as_its_end_is_young(store: Store):
     made = await watched(store, at=NOW - 40 * DAY)
     await announced(store, made, now=NOW - DAY)
-    await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW)
+    await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW)
     assert await store.generations.get(TENANT, made.id) is not None
 
 
@@ -1634,17 +1630,17 @@ async def test_more_is_removed_than_one_batch_holds(store: Store):
     made = [one.generation for one in await store.generations.create(wishes) if one.generation]
     changes = [change_of(one, now=NOW - 31 * DAY) for one in made]
     await store.events.record(changes, [], NOTHING_HANDED_OVER, now=NOW - 31 * DAY)
-    await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW)
+    await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW)
     assert await counts(store) == [0, 0, 0, 0]
 
 
 async def test_an_idempotency_key_works_for_a_day(store: Store):
     key = Idempotency("k", "hash")
     [made] = await store.generations.create([Watch(a_generation(None), key)])
-    await prune(store, events=DAY, attempts=DAY, now=NOW + DAY)
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW + DAY)
     [again] = await store.generations.create([Watch(a_generation(None), key)])
     assert again.generation == made.generation
-    await prune(store, events=DAY, attempts=DAY, now=NOW + DAY + 1)
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW + DAY + 1)
     [new] = await store.generations.create([Watch(a_generation(None), key)])
     assert new.generation != made.generation
 

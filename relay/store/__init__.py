@@ -17,11 +17,13 @@ from pathlib import Path
 from relay.errors import ConfigError
 from relay.keyring import KeyRing
 from relay.store.accounts import Accounts
+from relay.store.audit import Audit
 from relay.store.database import Database
 from relay.store.deliveries import Deliveries
 from relay.store.endpoints import Endpoints
 from relay.store.events import Events
 from relay.store.generations import Generations
+from relay.store.keys import Keys
 from relay.store.retention import Retention
 from relay.store.sealed import Sealed
 from relay.store.shards import Shards
@@ -39,6 +41,8 @@ class Store:
     events: Events
     deliveries: Deliveries
     tenants: Tenants
+    keys: Keys
+    audit: Audit
     accounts: Accounts
     shards: Shards
     retention: Retention
@@ -76,6 +80,8 @@ def store_on(database: Database, keyring: KeyRing) -> Store:
         events=Events(database, keyring),
         deliveries=Deliveries(database, keyring),
         tenants=Tenants(database, keyring),
+        keys=Keys(database),
+        audit=Audit(database),
         accounts=Accounts(database),
         shards=Shards(database),
         retention=Retention(database),

@@ -11,6 +11,7 @@ from relay.endpoint import valid
 from relay.errors import Conflict, NotFound
 from relay.ids import new_id
 from relay.keyring import KeyRing
+from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.endpoints import cancel_open, disable, read_headers, read_secrets
 from relay.store.events import Handoff, fan_out, insert, listed
@@ -203,7 +204,7 @@ class Deliveries:
             )
         return [_read(row) for row in rows]
 
-    async def replay(self, tenant: str, delivery_id: str, *, now: int) -> str:
+    async def replay(self, tenant: str, delivery_id: str, *, now: int, entry: Entry | None = None) -> str:
         """Makes a finished delivery pending again, with a fresh run of the schedule; its destination.
 
         Raises NotFound, or Conflict when it is not finished or its endpoint takes nothing now.
@@ -213,6 +214,7 @@ class Deliveries:
                 _REPLAY, id=delivery_id, tenant=tenant, now=now, over=now - LONGEST_ATTEMPT
             )
             rows = await tx.fetch(_REPLAYED, id=delivery_id, tenant=tenant)
+            await note(tx, entry if replayed else None)
         if not rows:
             raise NotFound(f"no delivery {delivery_id}")
         if not replayed:

@@ -8,6 +8,7 @@ from typing import Any
 
 from relay.endpoint import Endpoint, Secret, rotated, with_ed25519
 from relay.keyring import KeyRing
+from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.filters import where
 from relay.store.idempotency import Idempotency, reserve
@@ -24,7 +25,9 @@ class Endpoints:
         self._db, self._keyring = database, keyring
 
     @repeated
-    async def create(self, endpoint: Endpoint, idempotency: Idempotency | None) -> Endpoint | None:
+    async def create(
+        self, endpoint: Endpoint, idempotency: Idempotency | None, *, entry: Entry | None = None
+    ) -> Endpoint | None:
         """The new endpoint, or the one that the key created before; None when that one is gone."""
         async with self._db.write() as tx:
             before = await reserve(
@@ -45,6 +48,7 @@ class Endpoints:
                 """,
                 **self._values(endpoint),
             )
+            await note(tx, entry)
         return endpoint
 
     async def get(self, tenant: str, endpoint_id: str) -> Endpoint | None:
@@ -67,7 +71,13 @@ class Endpoints:
         return [read_endpoint(self._keyring, row) for row in rows]
 
     async def change(
-        self, tenant: str, endpoint_id: str, changes: Mapping[str, Any], *, now: int
+        self,
+        tenant: str,
+        endpoint_id: str,
+        changes: Mapping[str, Any],
+        *,
+        now: int,
+        entry: Entry | None = None,
     ) -> Endpoint | None:
         """Writes the fields that `changes` names, and no other; the endpoint then, None without one.
 
@@ -81,7 +91,7 @@ class Endpoints:
         if "headers" in changes:
             values["headers"] = self._sealed_headers(tenant, endpoint_id, changes["headers"])
         async with self._db.write() as tx:
-            await tx.execute(
+            changed = await tx.execute(
                 f"""
                 UPDATE endpoints SET {"".join(f"{name} = :{name}, " for name in values)} updated_at = :now
                 WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
@@ -91,6 +101,7 @@ class Endpoints:
                 now=now,
                 **values,
             )
+            await note(tx, entry if changed else None)
             found = await self._get(tx, tenant, endpoint_id)
             if found is not None and found.secrets and "ed25519" in changes:
                 secrets = with_ed25519(found.secrets, changes["ed25519"])
@@ -98,7 +109,14 @@ class Endpoints:
             return found
 
     async def rotate(
-        self, tenant: str, endpoint_id: str, secret: str, *, expires_at: int, now: int
+        self,
+        tenant: str,
+        endpoint_id: str,
+        secret: str,
+        *,
+        expires_at: int,
+        now: int,
+        entry: Entry | None = None,
     ) -> Endpoint | None:
         """The endpoint with a new secret, None without one; no old secret is valid for longer than until
         `expires_at`."""
@@ -115,12 +133,13 @@ class Endpoints:
             found = await self._get(tx, tenant, endpoint_id)
             if found is None:
                 return None
+            await note(tx, entry)
             secrets = rotated(found.secrets, secret, now=now, expires_at=expires_at)
             return await self._put_secrets(tx, found, secrets)
 
-    async def enable(self, tenant: str, endpoint_id: str, *, now: int) -> None:
+    async def enable(self, tenant: str, endpoint_id: str, *, now: int, entry: Entry | None = None) -> None:
         async with self._db.write() as tx:
-            await tx.execute(
+            enabled = await tx.execute(
                 """
                 UPDATE endpoints
                 SET disabled_at = NULL, disabled_reason = NULL, failing_since = NULL, failing_event = NULL,
@@ -131,17 +150,21 @@ class Endpoints:
                 tenant=tenant,
                 now=now,
             )
+            await note(tx, entry if enabled else None)
 
     @repeated
-    async def disable(self, tenant: str, endpoint_id: str, *, reason: str, now: int) -> None:
+    async def disable(
+        self, tenant: str, endpoint_id: str, *, reason: str, now: int, entry: Entry | None = None
+    ) -> None:
         """Its open deliveries become canceled, and may be replayed once it is enabled again."""
         async with self._db.write() as tx:
             if await self._get(tx, tenant, endpoint_id) is not None:
                 await disable(tx, [endpoint_id], reason=reason, now=now)
                 await cancel_open(tx, [endpoint_id], now=now)
+                await note(tx, entry)
 
     @repeated
-    async def delete(self, tenant: str, endpoint_id: str, *, now: int) -> None:
+    async def delete(self, tenant: str, endpoint_id: str, *, now: int, entry: Entry | None = None) -> None:
         """Its history stays readable; its secrets are gone."""
         async with self._db.write() as tx:
             deleted = await tx.execute(
@@ -158,6 +181,7 @@ class Endpoints:
             )
             if deleted:
                 await cancel_open(tx, [endpoint_id], now=now)
+                await note(tx, entry)
 
     async def _get(self, tx: Transaction, tenant: str, endpoint_id: str) -> Endpoint | None:
         rows = await tx.fetch(

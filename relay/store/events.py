@@ -13,6 +13,7 @@ from relay.generation import FINAL, Generation
 from relay.ids import new_id
 from relay.keyring import KeyRing
 from relay.schedule import CALLED, Asked
+from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.endpoints import read_endpoint
 from relay.store.filters import where
@@ -114,7 +115,7 @@ class Events:
             return await fan_out(tx, self._keyring, events, handoff, now=now)
 
     async def send(
-        self, event: Event, endpoint: Endpoint, handoff: Handoff, *, now: int
+        self, event: Event, endpoint: Endpoint, handoff: Handoff, *, now: int, entry: Entry | None = None
     ) -> tuple[str, Sequence[Claimed]]:
         """Stores an event for one endpoint only, whatever its filter; its delivery's id, and the delivery
         when it is handed over."""
@@ -122,6 +123,7 @@ class Events:
         async with self._db.write() as tx:
             await insert(tx, [event])
             await tx.execute_many(_DELIVER, [row])
+            await note(tx, entry)
         return row["id"], _claimed([row], {event.id: event}, {endpoint.id: endpoint}, {}, handoff, now=now)
 
     async def get(self, tenant: str, event_id: str) -> Event | None:

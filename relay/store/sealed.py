@@ -36,6 +36,20 @@ class Sealed:
     def __init__(self, database: Database, keyring: KeyRing) -> None:
         self._db, self._keyring = database, keyring
 
+    @property
+    def newest(self) -> str:
+        """The id of the key that seals."""
+        return self._keyring.newest
+
+    async def check(self) -> None:
+        """Raises ConfigError when the database holds secrets that the configuration has no key for."""
+        unknown = sorted(key for key in await self.keys() if key and key not in self._keyring)
+        if unknown:
+            raise ConfigError(
+                "secret_key: the secrets in the database were sealed with another one (its id is"
+                f" {', '.join(unknown)}): set that one, or put it into previous_secret_keys"
+            )
+
     async def keys(self) -> Mapping[str, int]:
         """How many texts are sealed with each key, by its id; what is not sealed at all is by ''."""
         found: Counter[str] = Counter()
@@ -86,16 +100,6 @@ class Sealed:
                         f"UPDATE {table} SET {column} = :new WHERE {id_} = :id AND {column} = :old", values
                     )
         return Page(rows[-1][id_] if len(rows) == PAGE else None, len(rows), broken)
-
-
-async def check_sealed(sealed: Sealed, keyring: KeyRing) -> None:
-    """Raises ConfigError when the database holds secrets that the configuration has no key for."""
-    unknown = sorted(key for key in await sealed.keys() if key and key not in keyring)
-    if unknown:
-        raise ConfigError(
-            "secret_key: the secrets in the database were sealed with another one (its id is"
-            f" {', '.join(unknown)}): set that one, or put it into previous_secret_keys"
-        )
 
 
 def opened(keyring: KeyRing, sealed: str, *place: str) -> str | None:

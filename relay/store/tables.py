@@ -16,6 +16,7 @@ COPIED: Mapping[str, Sequence[str]] = MappingProxyType(
     {
         "tenants": ("id",),
         "keys": ("id",),
+        "audit": ("id",),
         "endpoints": ("id",),
         "generations": ("id",),
         "accounts": ("name",),

@@ -9,18 +9,24 @@ import httpx
 
 from relay import event, signature
 from relay.endpoint import Endpoint, Secret, canonical_url
-from relay.errors import Conflict, FieldError, Invalid, NotFound
+from relay.errors import Conflict, FieldError, Forbidden, Invalid, Limited, NotFound
 from relay.event import Event
 from relay.generation import Generation, Status
 from relay.ids import new_id
+from relay.key import Key, Scope, hash_of, new_key
+from relay.limit import Limit
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Publication
 from relay.store.generations import Watch
+from relay.store.tenants import DEFAULT
 from relay.times import rfc3339
 from relay.web import resources as r
 from relay.web.context import Relay
 from relay.web.operation import Call, Result
 
+# For each endpoint, and for each tenant: of one relay.
+TESTS_A_MINUTE = 10
+REPLAYS_A_SECOND, REPLAYS_AT_ONCE = 10, 100
 T = TypeVar("T")
 R = TypeVar("R")
 _BROKEN = "its secret cannot be opened: it was changed in the database; rotate it"
@@ -48,11 +54,14 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         rate_limit=body.rate_limit,
         metadata=body.metadata or {},
     )
-    created = await call.relay.store.endpoints.create(endpoint, call.idempotency)
+    entry = call.entry("endpoint.created", endpoint.id)
+    created = await call.relay.store.endpoints.create(endpoint, call.idempotency, entry=entry)
     if created is None:
         raise Conflict("what this Idempotency-Key created is gone")
     if not created.secrets:
         raise Conflict(_BROKEN)
+    if created.id != endpoint.id:
+        await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", created.id))
     return Result(201, r.EndpointWithSecret.of(created))
 
 
@@ -78,7 +87,13 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
         given["accounts"] = _known_accounts(call.relay, given["accounts"])
     given |= {name: [] for name in ("event_types", "accounts") if name in given and not given[name]}
     given |= {name: {} for name in ("headers", "metadata") if name in given and not given[name]}
-    changed = await call.relay.store.endpoints.change(call.tenant, endpoint.id, given, now=call.relay.now())
+    changed = await call.relay.store.endpoints.change(
+        call.tenant,
+        endpoint.id,
+        given,
+        now=call.relay.now(),
+        entry=call.entry("endpoint.changed", endpoint.id, fields=list(given)),
+    )
     if changed is None:
         raise NotFound(f"no endpoint {endpoint.id}")
     call.relay.deliverer.changed(endpoint.id)
@@ -87,21 +102,27 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
 
 async def delete_endpoint(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
-    await call.relay.store.endpoints.delete(call.tenant, endpoint.id, now=call.relay.now())
+    entry = call.entry("endpoint.deleted", endpoint.id)
+    await call.relay.store.endpoints.delete(call.tenant, endpoint.id, now=call.relay.now(), entry=entry)
     call.relay.deliverer.changed(endpoint.id)
     return Result(204)
 
 
 async def enable_endpoint(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
-    await call.relay.store.endpoints.enable(call.tenant, endpoint.id, now=call.relay.now())
+    entry = call.entry("endpoint.enabled", endpoint.id)
+    await call.relay.store.endpoints.enable(call.tenant, endpoint.id, now=call.relay.now(), entry=entry)
     return await get_endpoint(call)
 
 
 async def disable_endpoint(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
     await call.relay.store.endpoints.disable(
-        call.tenant, endpoint.id, reason="disabled by its owner", now=call.relay.now()
+        call.tenant,
+        endpoint.id,
+        reason="disabled by its owner",
+        now=call.relay.now(),
+        entry=call.entry("endpoint.disabled", endpoint.id),
     )
     call.relay.deliverer.changed(endpoint.id)
     return await get_endpoint(call)
@@ -112,9 +133,11 @@ async def test_endpoint(call: Call[None, None]) -> Result:
     if endpoint.disabled_at is not None:
         raise Conflict("this endpoint is disabled: enable it first")
     now = relay.now()
+    _take(relay.test_limit, endpoint.id, now, f"an endpoint may be tested {TESTS_A_MINUTE} times a minute")
     made = event.test(call.tenant, endpoint.id, now=now)
     handoff = relay.deliverer.handoff()
-    delivery_id, claimed = await relay.store.events.send(made, endpoint, handoff, now=now)
+    entry = call.entry("endpoint.tested", endpoint.id)
+    delivery_id, claimed = await relay.store.events.send(made, endpoint, handoff, now=now, entry=entry)
     relay.deliverer.accept(claimed, handoff)
     return Result(202, _delivery(await _get_delivery(relay, call.tenant, delivery_id)))
 
@@ -124,7 +147,12 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
     secret = call.body.secret or signature.new_secret()
     expires_at = now + call.body.overlap_seconds * 1000
     rotated = await call.relay.store.endpoints.rotate(
-        call.tenant, endpoint.id, secret, expires_at=expires_at, now=now
+        call.tenant,
+        endpoint.id,
+        secret,
+        expires_at=expires_at,
+        now=now,
+        entry=call.entry("endpoint.secret_rotated", endpoint.id),
     )
     if rotated is None:
         raise NotFound(f"no endpoint {endpoint.id}")
@@ -133,10 +161,13 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
 
 
 async def get_secret(call: Call[None, None]) -> Result:
-    return Result(200, _secret(await _endpoint(call), call.relay.now()))
+    endpoint = await _endpoint(call)
+    await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", endpoint.id))
+    return Result(200, _secret(endpoint, call.relay.now()))
 
 
 async def get_signing_secret(call: Call[None, None]) -> Result:
+    await call.relay.store.audit.add(call.entry("tenant.secret_revealed", call.tenant))
     secret = await call.relay.store.tenants.signing_secret(call.tenant)
     if secret is None:
         raise Conflict("the signing secret cannot be opened: it was changed in the database")
@@ -278,9 +309,12 @@ async def get_delivery(call: Call[None, None]) -> Result:
 
 
 async def replay_delivery(call: Call[None, None]) -> Result:
-    where_to = await call.relay.store.deliveries.replay(call.tenant, call.path["id"], now=call.relay.now())
-    call.relay.deliverer.wake(where_to)
-    return Result(202, _delivery(await _get_delivery(call.relay, call.tenant, call.path["id"])))
+    relay, id_, now = call.relay, call.path["id"], call.relay.now()
+    _take(relay.replay_limit, call.tenant, now, f"{REPLAYS_A_SECOND} deliveries a second may be replayed")
+    entry = call.entry("delivery.replayed", id_)
+    where_to = await relay.store.deliveries.replay(call.tenant, id_, now=now, entry=entry)
+    relay.deliverer.wake(where_to)
+    return Result(202, _delivery(await _get_delivery(relay, call.tenant, id_)))
 
 
 async def list_accounts(call: Call[None, r.PageQuery]) -> Result:
@@ -300,6 +334,75 @@ def _secret(endpoint: Endpoint, now: int) -> r.SecretResource:
         public_key=endpoint.public_key,
         previous_secret_expires_at=rfc3339(expires_at) if expires_at > now else None,
     )
+
+
+async def create_key(call: Call[r.KeyCreate, None]) -> Result:
+    relay, body, now = call.relay, call.body, call.relay.now()
+    tenant = _named_tenant(call, body.tenant)
+    if body.expires_at is not None and body.expires_at <= now:
+        raise Invalid(FieldError("expires_at", "must be in the future"))
+    key_id, text = new_key(now)
+    key = Key(
+        id=key_id,
+        tenant=tenant,
+        name=body.name,
+        scopes=[scope for scope in Scope if scope in body.scopes],
+        hash=hash_of(text),
+        created_at=now,
+        expires_at=body.expires_at,
+        rate_limit=body.rate_limit,
+    )
+    if tenant != call.tenant:
+        await relay.store.tenants.found(tenant, signature.new_secret(), now=now)
+    entry = call.entry("key.created", key.id, tenant=tenant)
+    made = await relay.store.keys.create(key, call.idempotency, asker=call.tenant, entry=entry)
+    if made is None:
+        raise Conflict("what this Idempotency-Key created is gone")
+    return Result(201, r.KeyWithText.of(made, text if made.id == key.id else None))
+
+
+async def list_keys(call: Call[None, r.KeyQuery]) -> Result:
+    found = await call.relay.store.keys.page(
+        _named_tenant(call, call.query.tenant), limit=call.query.limit + 1, cursor=call.query.cursor
+    )
+    return _page(found, call.query, r.KeyResource.of)
+
+
+async def get_key(call: Call[None, r.TenantQuery]) -> Result:
+    found = await call.relay.store.keys.get(_named_tenant(call, call.query.tenant), call.path["id"])
+    if found is None:
+        raise NotFound(f"no key {call.path['id']}")
+    return Result(200, r.KeyResource.of(found))
+
+
+async def revoke_key(call: Call[None, r.TenantQuery]) -> Result:
+    tenant, id_ = _named_tenant(call, call.query.tenant), call.path["id"]
+    entry = call.entry("key.revoked", id_, tenant=tenant)
+    if not await call.relay.store.keys.revoke(tenant, id_, now=call.relay.now(), entry=entry):
+        raise NotFound(f"no key {id_}")
+    return Result(204)
+
+
+async def list_audit(call: Call[None, r.AuditQuery]) -> Result:
+    found = await call.relay.store.audit.page(
+        _named_tenant(call, call.query.tenant),
+        call.query.filters(),
+        limit=call.query.limit + 1,
+        cursor=call.query.cursor,
+    )
+    return _page(found, call.query, r.AuditResource.of)
+
+
+def _named_tenant(call: Call[Any, Any], named: str | None) -> str:
+    """The tenant that an admin's request is about: its own one, unless the operator names another one."""
+    if named is not None and named != call.tenant and call.tenant != DEFAULT:
+        raise Forbidden(f"only admins of the tenant {DEFAULT} may name another tenant than their own")
+    return named or call.tenant
+
+
+def _take(limit: Limit, key: str, now: int, what: str) -> None:
+    if wait := limit.take(key, now):
+        raise Limited(what, retry_after=wait)
 
 
 def _url(relay: Relay, field: str, url: str) -> str:

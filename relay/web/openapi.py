@@ -18,6 +18,7 @@ from relay.event import (
     TRIED_ONCE,
     UNKNOWN_STATUS,
 )
+from relay.key import MEANINGS
 from relay.web import resources as r
 from relay.web.operation import LARGEST_BODY, Operation
 
@@ -43,11 +44,19 @@ _PROBLEM = {
 }
 _REFUSALS = {
     400: "Malformed: not JSON, or the body did not arrive",
-    401: "No or bad key",
+    401: "No key, or one that is unknown, expired or revoked",
+    403: "The key lacks the scope",
     413: f"The body is larger than {LARGEST_BODY} bytes",
     422: "Well-formed but invalid: `errors` names each field",
+    429: "The key is used more often than its rate_limit allows: see Retry-After",
     503: "Storage cannot accept: nothing was changed, try again after Retry-After",
 }
+_KEYS = (
+    "An API key, made by `relay keys create` or `POST /v1/keys`. It belongs to a tenant and sees nothing of"
+    " another one. None of its scopes includes another one, but `admin` all of them: "
+    + "; ".join(f"`{scope}`: {meaning}" for scope, meaning in MEANINGS.items())
+    + ". What each operation needs is its `x-scope`."
+)
 _EXAMPLE = {
     "id": "gen_01KKVHBCB0Q2VBV3N8S0WZ6T1D",
     "provider": "pixellabs",
@@ -152,7 +161,7 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
         "webhooks": _webhooks(names),
         "components": {
             "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": _KEYS}},
         },
     }
 
@@ -272,6 +281,8 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
     described: dict[str, Any] = {
         "operationId": operation.handler.__name__,
         "summary": operation.summary,
+        "description": f"Needs the scope `{operation.scope}`.",
+        "x-scope": operation.scope,
         "tags": [operation.path.split("/")[2]],
         "parameters": _parameters(operation),
         "responses": answers,

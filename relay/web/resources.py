@@ -15,7 +15,9 @@ from pydantic import (
 
 from relay import delivery, endpoint, event, generation
 from relay.body import compact
+from relay.key import NAME_OF_TENANT, Key, Scope
 from relay.signature import secret_key
+from relay.store.audit import Noted
 from relay.times import parse_rfc3339, rfc3339
 
 LARGEST_METADATA = 16 * 1024
@@ -423,6 +425,99 @@ class AccountResource(Resource):
     budget: BudgetResource
     last_error: str | None
     last_error_at: Time | None
+
+
+class KeyCreate(Request):
+    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1)]
+    name: str | None = Field(default=None, min_length=1, max_length=200)
+    tenant: str | None = Field(
+        default=None,
+        pattern=NAME_OF_TENANT,
+        description="Another tenant than the caller's: only for admins of the tenant default.",
+    )
+    expires_at: Annotated[Instant | None, Field(description="Without it, until it is revoked.")] = None
+    rate_limit: float | None = Field(
+        default=None, gt=0, le=10_000, description="Requests a second, at most, for each relay."
+    )
+
+
+class TenantQuery(Query):
+    tenant: str | None = None
+
+
+class KeyQuery(PageQuery, TenantQuery):
+    pass
+
+
+class KeyResource(Resource):
+    id: str
+    tenant: str
+    name: str | None
+    scopes: Sequence[Scope]
+    rate_limit: float | None
+    created_at: Time
+    expires_at: Time | None
+    revoked_at: Time | None
+    last_used_at: Time | None = Field(description="Written down about once a minute.")
+
+    @classmethod
+    def of(cls, one: Key) -> Self:
+        return cls(**_key(one))
+
+
+class KeyWithText(KeyResource):
+    key: str | None = Field(
+        description="Shown now and never again: null when an Idempotency-Key is used again."
+    )
+
+    @classmethod
+    def of(cls, one: Key, text: str | None = None) -> Self:
+        return cls(**_key(one), key=text)
+
+
+def _key(one: Key) -> dict[str, Any]:
+    times = ("created_at", "expires_at", "revoked_at", "last_used_at")
+    return {
+        **{name: getattr(one, name) for name in ("id", "tenant", "name", "scopes", "rate_limit")},
+        **{name: rfc3339(at) if (at := getattr(one, name)) is not None else None for name in times},
+    }
+
+
+class AuditQuery(PageQuery, TenantQuery):
+    actor: str | None = None
+    action: str | None = None
+    object: str | None = None
+    since: Instant | None = None
+    until: Instant | None = None
+
+
+class ChangedFields(Resource):
+    fields: Sequence[str] = Field(description="The names of what was changed, never the values.")
+
+
+class AuditResource(Resource):
+    id: str
+    tenant: str
+    at: Time
+    actor: str = Field(description="A key's id, admin_key (that of the configuration), cli or relay.")
+    action: str = Field(examples=["endpoint.secret_revealed"])
+    object: str
+    address: str | None
+    details: ChangedFields
+
+    @classmethod
+    def of(cls, one: Noted) -> Self:
+        entry = one.entry
+        return cls(
+            id=one.id,
+            tenant=entry.tenant,
+            at=rfc3339(entry.at),
+            actor=entry.actor,
+            action=entry.action,
+            object=entry.object,
+            address=entry.address,
+            details=ChangedFields(fields=entry.fields),
+        )
 
 
 class HealthResource(Resource):

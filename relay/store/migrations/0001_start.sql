@@ -20,11 +20,32 @@ CREATE TABLE tenants (
 CREATE TABLE keys (
     id TEXT PRIMARY KEY,
     tenant TEXT NOT NULL,
-    name TEXT NOT NULL,
+    name TEXT,
+    scopes TEXT NOT NULL,
     hash TEXT NOT NULL,
+    rate_limit DOUBLE PRECISION,
     created_at BIGINT NOT NULL,
-    CONSTRAINT keys_are_known_by_their_hash UNIQUE (hash)
+    expires_at BIGINT,
+    revoked_at BIGINT,
+    last_used_at BIGINT
 );
+CREATE INDEX keys_of_a_tenant ON keys (tenant, id);
+
+-- Append-only: nothing changes a row, and only retention removes it.
+CREATE TABLE audit (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    at BIGINT NOT NULL,
+    actor TEXT NOT NULL,
+    action TEXT NOT NULL,
+    object TEXT NOT NULL,
+    address TEXT,
+    details TEXT NOT NULL
+);
+CREATE INDEX audit_of_a_tenant ON audit (tenant, id);
+CREATE INDEX audit_of_an_object ON audit (tenant, object, id);
+CREATE INDEX audit_of_an_actor ON audit (tenant, actor, id);
+CREATE INDEX audit_of_an_action ON audit (tenant, action, id);
 
 CREATE TABLE endpoints (
     id TEXT PRIMARY KEY,
