@@ -15,7 +15,7 @@ from relay.asker import Asker
 from relay.batch import Batch
 from relay.bell import Bell
 from relay.callback import Callbacks
-from relay.config import Settings, accounts
+from relay.config import Settings, accounts, check_url
 from relay.deliver import Deliverer
 from relay.errors import StoreError
 from relay.generation import Update
@@ -30,6 +30,7 @@ from relay.limit import Limit
 from relay.poll import Poller
 from relay.prune import prune
 from relay.renew import Renewer
+from relay.roster import Roster
 from relay.sender import Sender
 from relay.server import Server, bind, origin
 from relay.shard import Held
@@ -137,6 +138,7 @@ async def running(
         sender = Sender.open(guard, timeout=settings.delivery.timeout, proxy=settings.network.proxy, now=now)
         stack.push_async_callback(sender.close)
         relay = _assemble(settings, store, asker, sender, now=now)
+        await relay.accounts.look_at_all()
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
         await relay.holder.start()
@@ -179,8 +181,13 @@ async def _prepare(
 def _assemble(
     settings: Settings, store: Store, asker: Asker, sender: Sender, *, now: Callable[[], int]
 ) -> Relay:
-    configured, held, name = accounts(settings), Held(), new_id("rly", now())
+    held, name = Held(), new_id("rly", now())
     bell = Bell(store.database, relay=name)
+
+    def check_base_url(url: str) -> None:
+        check_url("base_url", url, settings, allow_http=settings.network.allow_http)
+
+    roster = Roster(accounts(settings), store, check=check_base_url, now=now)
 
     async def look(account: str, job_id: str) -> Update:
         return await poller.look(account, job_id)
@@ -208,7 +215,7 @@ def _assemble(
     poller = Poller(
         store,
         asker,
-        configured,
+        roster,
         relay=name,
         shards=held,
         ring=bell.ring,
@@ -233,21 +240,28 @@ def _assemble(
         changed=lambda: bell.ring("shards"),
         now=now,
     )
-    turns = {
-        name: Turns(account.requests_per_minute, account.pace.interval)
-        for name, account in configured.items()
-    }
+    all_turns: dict[str, Turns] = {}
+
+    def turns(name: str) -> Turns | None:
+        account = roster.get(name)
+        if account is None:
+            all_turns.pop(name, None)
+            return None
+        per_minute, interval = account.requests_per_minute, account.pace.interval
+        one = all_turns.get(name)
+        if one is None or (one.per_minute, one.interval) != (per_minute, interval):
+            one = all_turns[name] = Turns(per_minute, interval)
+        one.relays = held.relays
+        return one
 
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
-        for one in turns.values():
-            one.relays = held.relays
         await store.generations.hint(hints, turns=turns, now=now())
         return [None] * len(hints)
 
     return Relay(
         settings=settings,
         store=store,
-        accounts=configured,
+        accounts=roster,
         callbacks=Callbacks(settings.origin, settings.secret_key),
         ingest=ingest,
         asker=asker,
@@ -274,6 +288,9 @@ def _listener(relay: Relay) -> Callable[[str], None]:
                 relay.poller.wake()
             case "account" if int(which) in relay.shards.staying:
                 relay.poller.lend()
+            case "accounts":
+                relay.accounts.hear(which)
+                relay.poller.wake()
             case "endpoint":
                 relay.deliverer.forget(which)
             case "shards":

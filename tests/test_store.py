@@ -817,7 +817,7 @@ async def test_a_hint_never_makes_it_later_nor_begins_its_quick_asks_anew(store:
 async def test_hints_beyond_an_accounts_turns_are_late_and_not_lost(store: Store):
     made = [await watched(store, f"job-{number}") for number in range(5)]
     hints = [Hint(one.id, None) for one in made for _ in "123"]
-    await store.generations.hint(hints, turns={"luma": Turns(4)}, now=NOW - DAY)
+    await store.generations.hint(hints, turns={"luma": Turns(4)}.get, now=NOW - DAY)
     found = [(await the(store, one)).due_at for one in made]
     assert found == [NOW - DAY + place * 30 * SECOND for place in (0, 0, 1, 2, 3)]
 
@@ -828,7 +828,7 @@ async def test_a_hint_that_has_nothing_asked_sooner_takes_no_turn(store: Store):
     await watched(store, "3", due_at=NOW)
     [held] = await claimed_generations(store, now=NOW)
     idle = [Hint(one, None) for one in (ended.id, nameless.id, held.id, "gen_gone")]
-    await store.generations.hint([*idle, Hint(other.id, None)], turns={"luma": Turns(2)}, now=NOW - DAY)
+    await store.generations.hint([*idle, Hint(other.id, None)], turns={"luma": Turns(2)}.get, now=NOW - DAY)
     assert (await the(store, other)).due_at == NOW - DAY
 
 

@@ -18,6 +18,7 @@ from relay.errors import ConfigError
 from relay.keyring import KeyRing
 from relay.store.accounts import Accounts
 from relay.store.audit import Audit
+from relay.store.credentials import Credentials
 from relay.store.database import Database
 from relay.store.deliveries import Deliveries
 from relay.store.endpoints import Endpoints
@@ -44,6 +45,7 @@ class Store:
     keys: Keys
     audit: Audit
     accounts: Accounts
+    credentials: Credentials
     shards: Shards
     retention: Retention
     sealed: Sealed
@@ -83,6 +85,7 @@ def store_on(database: Database, keyring: KeyRing) -> Store:
         keys=Keys(database),
         audit=Audit(database),
         accounts=Accounts(database),
+        credentials=Credentials(database, keyring),
         shards=Shards(database),
         retention=Retention(database),
         sealed=Sealed(database, keyring),

@@ -17,6 +17,7 @@ SEALED: Mapping[str, tuple[str, str, Sequence[str]]] = MappingProxyType(
     {
         "tenants": ("id", "id", ("signing_secret",)),
         "endpoints": ("id", "tenant", ("secrets", "headers")),
+        "credentials": ("name", "tenant", ("api_key", "webhook_secrets")),
     }
 )
 

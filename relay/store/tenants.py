@@ -3,8 +3,7 @@
 from relay.keyring import KeyRing
 from relay.store.database import Database
 from relay.store.sealed import opened
-
-DEFAULT = "default"
+from relay.tenant import DEFAULT as DEFAULT
 
 
 class Tenants:

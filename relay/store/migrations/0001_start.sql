@@ -143,6 +143,19 @@ CREATE TABLE accounts (
     updated_at BIGINT NOT NULL
 );
 
+-- What tenants have added; accounts of the configuration are not here.
+CREATE TABLE credentials (
+    name TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    provider TEXT NOT NULL,
+    base_url TEXT,
+    settings TEXT NOT NULL,
+    api_key TEXT NOT NULL,
+    webhook_secrets TEXT NOT NULL,
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL
+);
+
 CREATE TABLE events (
     id TEXT PRIMARY KEY,
     tenant TEXT NOT NULL,
