@@ -25,6 +25,7 @@ from relay.hold import SPARE, Holder
 from relay.ids import new_id
 from relay.ingest import Ingest
 from relay.key import Key, Scope, hash_of, new_key
+from relay.keyring import KeyRing
 from relay.limit import Limit
 from relay.poll import Poller
 from relay.prune import prune
@@ -127,7 +128,7 @@ async def running(
     async with AsyncExitStack() as stack:
         database = await open_database(settings.database, patience=PATIENCE)
         stack.push_async_callback(database.close)
-        store = store_on(database)
+        store = store_on(database, KeyRing(settings.secret_keys))
         await _prepare(store, settings, now=now, show_key=show_key)
         guard = Guard(settings.network.allow)
         asker = Asker.open(
@@ -157,11 +158,16 @@ async def running(
 
 
 async def _prepare(
-    store: Store, settings: Settings, *, now: Callable[[], int], show_key: Callable[[str], None] | None
+    store: Store,
+    settings: Settings,
+    *,
+    now: Callable[[], int],
+    show_key: Callable[[str], None] | None,
 ) -> None:
     for name in await migrate(store.database, now=now()):
         log.info("database.migrated", extra={"migration": name})
     await check_whole(store.database)
+    await store.sealed.check()
     await store.tenants.found(DEFAULT, signature.new_secret(), now=now())
     if settings.admin_key is None and not await store.keys.any():
         at = now()

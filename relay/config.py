@@ -127,6 +127,7 @@ class Settings(_Section):
     port: int = Field(default=8080, ge=0, le=65535)
     database: str = "sqlite:///relay.db"
     secret_key: str = Field(min_length=1, repr=False)
+    previous_secret_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), repr=False)
     admin_key: Annotated[str, AfterValidator(_sendable)] | None = Field(default=None, repr=False)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     accounts: Mapping[Annotated[str, Field(pattern=account.NAME)], AccountSettings] = Field(
@@ -135,6 +136,11 @@ class Settings(_Section):
     delivery: DeliverySettings = DeliverySettings()
     network: NetworkSettings = NetworkSettings()
     retention: RetentionSettings = RetentionSettings()
+
+    @property
+    def secret_keys(self) -> tuple[str, ...]:
+        """The newest first: that one seals and signs, all of them open and verify."""
+        return (self.secret_key, *self.previous_secret_keys)
 
     @property
     def origin(self) -> str:

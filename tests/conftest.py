@@ -122,6 +122,22 @@ class World:
         ):
             yield RunningRelay(origin, settings, api, self.clock)
 
+    async def key(self, relay: RunningRelay, *scopes: str, **fields: Any) -> dict[str, Any]:
+        """A new API key, as it is shown once."""
+        answer = await relay.api.post("/v1/keys", json={"scopes": scopes, **fields})
+        assert answer.status_code == 201, answer.text
+        return dict(answer.json())
+
+    async def client(self, relay: RunningRelay, key: str) -> httpx.AsyncClient:
+        """Who has this key."""
+        headers = {"authorization": f"Bearer {key}"}
+        client = httpx.AsyncClient(base_url=relay.origin, headers=headers, timeout=30)
+        return await self.stack.enter_async_context(client)
+
+    async def member(self, relay: RunningRelay, *scopes: str, **fields: Any) -> httpx.AsyncClient:
+        """Who has a new key with these scopes."""
+        return await self.client(relay, (await self.key(relay, *scopes, **fields))["key"])
+
     async def endpoint(self, relay: RunningRelay, path: str = "/", **fields: Any) -> dict[str, Any]:
         """Registers the subscriber, at one of its paths."""
         answer = await relay.api.post("/v1/endpoints", json={"url": self.subscriber.origin + path, **fields})

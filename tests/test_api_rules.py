@@ -14,7 +14,14 @@ from tests.conftest import ADMIN_KEY, RunningRelay, World
 URL = "https://hooks.example.com/relay"
 LARGEST_BODY = 1024 * 1024
 LISTS = ("/v1/endpoints", "/v1/generations", "/v1/events", "/v1/deliveries")
-PREFIXES = {"endpoints": "ep", "generations": "gen", "events": "evt", "deliveries": "dlv"}
+PREFIXES = {
+    "endpoints": "ep",
+    "generations": "gen",
+    "events": "evt",
+    "deliveries": "dlv",
+    "keys": "key",
+    "audit": "aud",
+}
 
 
 async def operations(relay: RunningRelay) -> list[tuple[str, str, dict[str, Any]]]:
@@ -232,6 +239,8 @@ async def test_a_list_refuses_what_it_does_not_know(world: World) -> None:
     for path, table in {
         "/v1/endpoints": PAGES,
         "/v1/accounts": PAGES,
+        "/v1/keys": PAGES,
+        "/v1/audit": PAGES | TIMES,
         "/v1/events": PAGES | TIMES,
         "/v1/generations": PAGES | TIMES | STATUS,
         "/v1/deliveries": PAGES | TIMES | STATUS,
@@ -300,6 +309,7 @@ def values(thing: Any) -> Iterator[tuple[str, Any]]:
 async def test_ids_tell_their_kind_and_times_are_rfc_3339_with_milliseconds(world: World) -> None:
     relay = await world.relay()
     await world.endpoint(relay)
+    await relay.api.post("/v1/keys", json={"scopes": ["read"]})
     await world.watch(relay, "luma", duration=0)
     await world.subscriber.got(1)
     delivered = await relay.eventually("/v1/deliveries?status=delivered", lambda page: page["data"])
@@ -311,7 +321,7 @@ async def test_ids_tell_their_kind_and_times_are_rfc_3339_with_milliseconds(worl
         assert data, kind
         assert all(re.fullmatch(rf"{prefix}_[0-9A-Z]{{26}}", one["id"]) for one in data), kind
         for name, value in values(data):
-            if (name.endswith("_at") or name == "timestamp") and value is not None:
+            if (name.endswith("_at") or name in ("at", "timestamp")) and value is not None:
                 assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", value), name
                 times += 1
     assert times >= 10

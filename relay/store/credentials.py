@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from relay.errors import Conflict
+from relay.keyring import KeyRing
 from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, repeated
 from relay.store.idempotency import Idempotency, reserve
+from relay.store.sealed import opened
 
 # Of one tenant; every relay knows them all.
 MOST = 100
@@ -39,8 +41,8 @@ _SETTINGS = ("timeout", "poll_interval", "requests_per_minute", "requests_per_da
 class Credentials:
     """Every statement about added accounts; each method is one transaction."""
 
-    def __init__(self, database: Database) -> None:
-        self._db = database
+    def __init__(self, database: Database, keyring: KeyRing) -> None:
+        self._db, self._keyring = database, keyring
 
     @repeated
     async def create(
@@ -74,12 +76,12 @@ class Credentials:
         return {row["name"]: row["updated_at"] for row in rows}
 
     async def get_many(self, names: Collection[str]) -> Sequence[Credential]:
-        """Those of the names that exist, whoever's they are."""
+        """Those of the names that exist and can be opened, whoever's they are."""
         if not names:
             return []
         async with self._db.read() as tx:
             rows = await tx.fetch("SELECT * FROM credentials WHERE name IN (:names)", names=sorted(names))
-        return [self._read(row) for row in rows]
+        return [one for row in rows if (one := self._read(row)) is not None]
 
     @repeated
     async def change(
@@ -93,6 +95,10 @@ class Credentials:
             if not rows:
                 return False
             before = self._read(rows[0])
+            if before is None:
+                raise Conflict(
+                    "it cannot be opened, it was changed in the database: delete it, and add it again"
+                )
             # Another time than before, also within one millisecond: by that a change is known.
             after = replace(made(before), updated_at=max(now, before.updated_at + 1))
             await tx.execute(_CHANGE, **self._write(after))
@@ -115,27 +121,39 @@ class Credentials:
         return True
 
     def _write(self, one: Credential) -> dict[str, Any]:
-        """The one place where secrets go into a row."""
+        """The one place where secrets go into a row: sealed."""
         values = {each.name: getattr(one, each.name) for each in fields(one) if each.name not in _SETTINGS}
         return {
             **values,
-            "api_key": one.api_key,
-            "webhook_secrets": json.dumps(one.webhook_secrets),
+            "api_key": self._keyring.seal(one.api_key, *_place("api_key", one.name, one.tenant)),
+            "webhook_secrets": self._keyring.seal(
+                json.dumps(one.webhook_secrets), *_place("webhook_secrets", one.name, one.tenant)
+            ),
             "settings": json.dumps({name: getattr(one, name) for name in _SETTINGS}),
         }
 
-    def _read(self, row: Row) -> Credential:
-        """The one place where they come out of it."""
+    def _read(self, row: Row) -> Credential | None:
+        """The one place where they come out of it; None when they cannot be opened."""
         values = dict(row)
+        texts = {
+            column: opened(self._keyring, row[column], *_place(column, row["name"], row["tenant"]))
+            for column in ("api_key", "webhook_secrets")
+        }
+        if texts["api_key"] is None or texts["webhook_secrets"] is None:
+            return None
         settings = json.loads(values.pop("settings"))
         return Credential(
             **{
                 **values,
                 **{name: settings.get(name) for name in _SETTINGS},
-                "api_key": row["api_key"],
-                "webhook_secrets": tuple(json.loads(row["webhook_secrets"])),
+                "api_key": texts["api_key"],
+                "webhook_secrets": tuple(json.loads(texts["webhook_secrets"])),
             }
         )
+
+
+def _place(column: str, name: str, tenant: str) -> tuple[str, str, str, str]:
+    return ("credentials", column, name, tenant)
 
 
 _CREATE = """

@@ -11,7 +11,7 @@ import httpx
 
 from relay import account as accounts
 from relay import event, signature
-from relay.endpoint import Endpoint, canonical_url
+from relay.endpoint import Endpoint, Secret, canonical_url
 from relay.errors import Conflict, FieldError, Forbidden, Invalid, Limited, NotFound
 from relay.event import Event
 from relay.generation import Generation, Status
@@ -34,6 +34,7 @@ TESTS_A_MINUTE = 10
 REPLAYS_A_SECOND, REPLAYS_AT_ONCE = 10, 100
 T = TypeVar("T")
 R = TypeVar("R")
+_BROKEN = "its secret cannot be opened: it was changed in the database; rotate it"
 _SAME = ("api_key", "base_url", "requests_per_minute", "requests_per_day")
 
 
@@ -44,7 +45,12 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         id=new_id("ep", now),
         tenant=call.tenant,
         url=_url(call.relay, "url", body.url),
-        secret=body.secret or signature.new_secret(),
+        secrets=[
+            Secret(
+                body.secret or signature.new_secret(),
+                signature.new_private_key() if body.ed25519 else None,
+            )
+        ],
         created_at=now,
         updated_at=now,
         description=body.description,
@@ -58,6 +64,8 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
     created = await call.relay.store.endpoints.create(endpoint, call.idempotency, entry=entry)
     if created is None:
         raise Conflict("what this Idempotency-Key created is gone")
+    if not created.secrets:
+        raise Conflict(_BROKEN)
     if created.id != endpoint.id:
         await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", created.id))
     return Result(201, r.EndpointWithSecret.of(created))
@@ -144,7 +152,7 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
     endpoint, now = await _endpoint(call), call.relay.now()
     secret = call.body.secret or signature.new_secret()
     expires_at = now + call.body.overlap_seconds * 1000
-    await call.relay.store.endpoints.rotate(
+    rotated = await call.relay.store.endpoints.rotate(
         call.tenant,
         endpoint.id,
         secret,
@@ -152,26 +160,24 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
         now=now,
         entry=call.entry("endpoint.secret_rotated", endpoint.id),
     )
+    if rotated is None:
+        raise NotFound(f"no endpoint {endpoint.id}")
     call.relay.deliverer.changed(endpoint.id)
-    return Result(200, r.SecretResource(secret=secret, previous_secret_expires_at=rfc3339(expires_at)))
+    return Result(200, _secret(rotated, now))
 
 
 async def get_secret(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
     await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", endpoint.id))
-    expires_at = endpoint.previous_secret_expires_at or 0
-    overlaps = expires_at > call.relay.now()
-    return Result(
-        200,
-        r.SecretResource(
-            secret=endpoint.secret, previous_secret_expires_at=rfc3339(expires_at) if overlaps else None
-        ),
-    )
+    return Result(200, _secret(endpoint, call.relay.now()))
 
 
 async def get_signing_secret(call: Call[None, None]) -> Result:
     await call.relay.store.audit.add(call.entry("tenant.secret_revealed", call.tenant))
-    return Result(200, r.SecretResource(secret=await call.relay.store.tenants.signing_secret(call.tenant)))
+    secret = await call.relay.store.tenants.signing_secret(call.tenant)
+    if secret is None:
+        raise Conflict("the signing secret cannot be opened: it was changed in the database")
+    return Result(200, r.SecretResource(secret=secret))
 
 
 async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
@@ -387,6 +393,18 @@ async def delete_account(call: Call[None, None]) -> Result:
         raise NotFound(f"no account {account.shown}")
     await _changed_account(relay, account.name)
     return Result(204)
+
+
+def _secret(endpoint: Endpoint, now: int) -> r.SecretResource:
+    if not endpoint.secrets:
+        raise Conflict(_BROKEN)
+    newest, *older = endpoint.secrets
+    expires_at = max((one.expires_at or 0 for one in older), default=0)
+    return r.SecretResource(
+        secret=newest.symmetric,
+        public_key=endpoint.public_key,
+        previous_secret_expires_at=rfc3339(expires_at) if expires_at > now else None,
+    )
 
 
 async def create_key(call: Call[r.KeyCreate, None]) -> Result:

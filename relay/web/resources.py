@@ -166,6 +166,7 @@ class EndpointCreate(Request):
     headers: Headers | None = None
     rate_limit: RateLimit | None = None
     secret: Secret | None = None
+    ed25519: bool = Field(default=False, description="Whether to sign with Ed25519 (`v1a`) as well.")
     metadata: Metadata | None = None
 
 
@@ -178,6 +179,7 @@ class EndpointChange(Request):
     accounts: Annotated[list[str], Field(max_length=100)] | None = None
     headers: Headers | None = None
     rate_limit: RateLimit | None = None
+    ed25519: bool = False
     metadata: Metadata | None = None
 
 
@@ -195,6 +197,7 @@ class EndpointResource(Resource):
     filter: None = None
     headers: Mapping[str, str]
     rate_limit: float | None
+    public_key: str | None = Field(description="`whpk_…`, where it is signed with Ed25519 (`v1a`) as well.")
     metadata: Mapping[str, Any]
     status: Literal["enabled", "disabled"]
     disabled_reason: str | None
@@ -211,7 +214,7 @@ class EndpointWithSecret(EndpointResource):
 
     @classmethod
     def of(cls, one: endpoint.Endpoint) -> Self:
-        return cls(**_endpoint(one), secret=one.secret)
+        return cls(**_endpoint(one), secret=one.secrets[0].symmetric)
 
 
 def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
@@ -223,6 +226,7 @@ def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
         "accounts": list(one.accounts) or None,
         "headers": one.headers,
         "rate_limit": one.rate_limit,
+        "public_key": one.public_key,
         "metadata": one.metadata,
         "status": "disabled" if one.disabled_at is not None else "enabled",
         "disabled_reason": one.disabled_reason,
@@ -233,6 +237,7 @@ def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
 
 class SecretResource(Resource):
     secret: str
+    public_key: str | None = Field(default=None, description="`whpk_…`, where it signs with Ed25519 as well.")
     previous_secret_expires_at: Time | None = None
 
 
