@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx
 
+from relay.keyring import KeyRing
 from relay.simulator import Simulator
 from relay.store import store_on
-from relay.store.credentials import Credential
+from relay.store.credentials import Credential, Credentials
 from tests.conftest import RunningRelay, World
 from tests.fleet import Fleet, named
 
@@ -41,8 +42,12 @@ async def add(world: World, relay: RunningRelay, name: str, provider: str = "lum
     assert answer.status_code == 201, answer.text
 
 
+def unheard(world: World, fleet: Fleet) -> Credentials:
+    """What a relay does that nobody hears."""
+    return store_on(fleet.database, KeyRing([world.document()["secret_key"]])).credentials
+
+
 async def add_unheard(world: World, fleet: Fleet, name: str, **changes: Any) -> None:
-    """As a relay does it that nobody hears."""
     made = settings(world)
     now = world.clock()
     credential = Credential(
@@ -51,7 +56,7 @@ async def add_unheard(world: World, fleet: Fleet, name: str, **changes: Any) -> 
             "base_url": made["base_url"], "poll_interval": 100, "created_at": now, "updated_at": now,
         } | changes
     )  # fmt: skip
-    await store_on(fleet.database).credentials.create(credential, None)
+    await unheard(world, fleet).create(credential, None)
 
 
 async def watch(relay: RunningRelay, name: str, job_id: str, **fields: Any) -> dict[str, Any]:
@@ -152,7 +157,7 @@ async def test_whoever_did_not_hear_of_a_change_finds_it_within_a_minute(world: 
     world.clock.forward(seconds=61)
     await completed(other, generation)
     # And that it is gone again.
-    await store_on(fleet.database).credentials.delete(inner(name))
+    await unheard(world, fleet).delete(inner(name))
     assert [one["name"] for one in (await other.api.get("/v1/accounts")).json()["data"]] == [name]
     world.clock.forward(seconds=61)
     await all_have(fleet, "/v1/accounts", lambda got: got.json()["data"] == [])
