@@ -40,7 +40,7 @@ async def refresh(relay: RunningRelay, generation: dict[str, Any]) -> httpx.Resp
 
 
 async def shown(relay: RunningRelay, name: str) -> dict[str, Any]:
-    """The account as this relay tells of it; the URLs of these relays differ, as those of a fleet would not."""
+    """The account as this relay tells of it, but for where it is called back: that differs between these."""
     listed = (await relay.api.get("/v1/accounts")).json()["data"]
     return next({**one, "webhook_url": None} for one in listed if one["name"] == name)
 
