@@ -15,7 +15,7 @@ from relay.asker import Asker
 from relay.batch import Batch
 from relay.bell import Bell
 from relay.callback import Callbacks
-from relay.config import Settings, accounts
+from relay.config import Settings, accounts, check_url
 from relay.deliver import Deliverer
 from relay.errors import StoreError
 from relay.generation import Update
@@ -25,10 +25,12 @@ from relay.hold import SPARE, Holder
 from relay.ids import new_id
 from relay.ingest import Ingest
 from relay.key import Key, Scope, hash_of, new_key
+from relay.keyring import KeyRing
 from relay.limit import Limit
 from relay.poll import Poller
 from relay.prune import prune
 from relay.renew import Renewer
+from relay.roster import Roster
 from relay.sender import Sender
 from relay.server import Server, bind, origin
 from relay.shard import Held
@@ -126,7 +128,7 @@ async def running(
     async with AsyncExitStack() as stack:
         database = await open_database(settings.database, patience=PATIENCE)
         stack.push_async_callback(database.close)
-        store = store_on(database)
+        store = store_on(database, KeyRing(settings.secret_keys))
         await _prepare(store, settings, now=now, show_key=show_key)
         guard = Guard(settings.network.allow)
         asker = Asker.open(
@@ -136,6 +138,7 @@ async def running(
         sender = Sender.open(guard, timeout=settings.delivery.timeout, proxy=settings.network.proxy, now=now)
         stack.push_async_callback(sender.close)
         relay = _assemble(settings, store, asker, sender, now=now)
+        await relay.accounts.look_at_all()
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
         await relay.holder.start()
@@ -155,11 +158,16 @@ async def running(
 
 
 async def _prepare(
-    store: Store, settings: Settings, *, now: Callable[[], int], show_key: Callable[[str], None] | None
+    store: Store,
+    settings: Settings,
+    *,
+    now: Callable[[], int],
+    show_key: Callable[[str], None] | None,
 ) -> None:
     for name in await migrate(store.database, now=now()):
         log.info("database.migrated", extra={"migration": name})
     await check_whole(store.database)
+    await store.sealed.check()
     await store.tenants.found(DEFAULT, signature.new_secret(), now=now())
     if settings.admin_key is None and not await store.keys.any():
         at = now()
@@ -173,8 +181,13 @@ async def _prepare(
 def _assemble(
     settings: Settings, store: Store, asker: Asker, sender: Sender, *, now: Callable[[], int]
 ) -> Relay:
-    configured, held, name = accounts(settings), Held(), new_id("rly", now())
+    held, name = Held(), new_id("rly", now())
     bell = Bell(store.database, relay=name)
+
+    def check_base_url(url: str) -> None:
+        check_url("base_url", url, settings, allow_http=settings.network.allow_http)
+
+    roster = Roster(accounts(settings), store, check=check_base_url, now=now)
 
     async def look(account: str, job_id: str) -> Update:
         return await poller.look(account, job_id)
@@ -202,7 +215,7 @@ def _assemble(
     poller = Poller(
         store,
         asker,
-        configured,
+        roster,
         relay=name,
         shards=held,
         ring=bell.ring,
@@ -227,21 +240,28 @@ def _assemble(
         changed=lambda: bell.ring("shards"),
         now=now,
     )
-    turns = {
-        name: Turns(account.requests_per_minute, account.pace.interval)
-        for name, account in configured.items()
-    }
+    all_turns: dict[str, Turns] = {}
+
+    def turns(name: str) -> Turns | None:
+        account = roster.get(name)
+        if account is None:
+            all_turns.pop(name, None)
+            return None
+        per_minute, interval = account.requests_per_minute, account.pace.interval
+        one = all_turns.get(name)
+        if one is None or (one.per_minute, one.interval) != (per_minute, interval):
+            one = all_turns[name] = Turns(per_minute, interval)
+        one.relays = held.relays
+        return one
 
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
-        for one in turns.values():
-            one.relays = held.relays
         await store.generations.hint(hints, turns=turns, now=now())
         return [None] * len(hints)
 
     return Relay(
         settings=settings,
         store=store,
-        accounts=configured,
+        accounts=roster,
         callbacks=Callbacks(settings.origin, settings.secret_key),
         ingest=ingest,
         asker=asker,
@@ -268,6 +288,9 @@ def _listener(relay: Relay) -> Callable[[str], None]:
                 relay.poller.wake()
             case "account" if int(which) in relay.shards.staying:
                 relay.poller.lend()
+            case "accounts":
+                relay.accounts.hear(which)
+                relay.poller.wake()
             case "endpoint":
                 relay.deliverer.forget(which)
             case "shards":

@@ -22,6 +22,10 @@ class Callbacks:
         token = self._serializer.dumps([account, generation_id])
         return f"{self._base}/hooks/{account}/{token if isinstance(token, str) else token.decode()}"
 
+    def account_url(self, account: str) -> str:
+        """Where callbacks about any job of an account come, which must be signed by its provider."""
+        return f"{self._base}/hooks/{account}"
+
     def generation(self, account: str, token: str) -> str | None:
         """The generation that a token was made for, None when it was not made by us for this account."""
         try:

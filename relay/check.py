@@ -12,10 +12,13 @@ from relay.body import parse
 from relay.config import Settings, accounts
 from relay.errors import ConfigError, DatabaseInUse, Malformed, ProviderError, StoreError
 from relay.guard import Guard
+from relay.keyring import KeyRing
 from relay.providers import Account
 from relay.signature import TOLERANCE
-from relay.store import open_database, store_on
+from relay.store import open_database
+from relay.store.accounts import Accounts
 from relay.store.migrate import pending
+from relay.store.sealed import Sealed
 from relay.store.tables import check_whole
 
 SHORTEST_SECRET = 32
@@ -35,7 +38,7 @@ async def check(settings: Settings) -> AsyncIterator[Finding]:
     """One finding after the other: configuration, database, each account's credential, the clock."""
     for finding in _configuration(settings):
         yield finding
-    yield await _database(settings.database)
+    yield await _database(settings)
     asker = Asker.open(
         Guard(settings.network.allow),
         capability=f"{settings.origin}/hooks/",
@@ -75,7 +78,8 @@ def _configuration(settings: Settings) -> list[Finding]:
     return found or [Finding("configuration", "ok", f"{len(settings.accounts)} accounts")]
 
 
-async def _database(url: str) -> Finding:
+async def _database(settings: Settings) -> Finding:
+    url = settings.database
     if missing := _missing_file(url):
         return missing
     try:
@@ -88,6 +92,7 @@ async def _database(url: str) -> Finding:
         names = await pending(database)
         if not names:
             await check_whole(database)
+            await Sealed(database, KeyRing(settings.secret_keys)).check()
     except (ConfigError, StoreError) as error:
         return Finding("database", "failed", str(error).removeprefix("database: "))
     finally:
@@ -137,7 +142,7 @@ async def _draw(url: str, account: str) -> None:
     except ConfigError:
         return
     try:
-        await store_on(database).accounts.draw(account)
+        await Accounts(database).draw(account)
     except StoreError:
         return  # it has not been migrated yet: nobody uses it
     finally:

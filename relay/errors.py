@@ -14,6 +14,7 @@
     │  ├─ Invalid 422           well-formed but wrong: names each field
     │  └─ Limited 429           too much for now: carries when to come back
     ├─ ProviderError            a provider could not be asked, or its answer could not be read
+    ├─ SealBroken               a secret at rest cannot be opened
     ├─ CopyFailed               a copy from one database to another did not come to its end; exit code 1
     └─ StoreError               the database did not take it: nothing was acknowledged (503)
        └─ Collision             another relay's transaction was in the way
@@ -119,6 +120,10 @@ class ProviderError(RelayError):
         super().__init__(message)
         self.code = code
         self.retry_after = retry_after
+
+
+class SealBroken(RelayError):
+    """The message says what became of the secret."""
 
 
 class CopyFailed(RelayError):

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+from relay import tenant
 from relay.ids import new_id
 
-NAME_OF_TENANT = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+NAME_OF_TENANT = tenant.NAME
 _LETTERS = string.digits + string.ascii_letters
 # 43 of 62 letters are as many as 32 bytes.
 _CHANCE = 43

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich import progress as bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -17,6 +18,8 @@ from relay import signature
 from relay.app import PATIENCE, wall_clock
 from relay.config import load_config
 from relay.key import NAME_OF_TENANT, Key, Scope, hash_of, id_of, new_key
+from relay.keyring import KeyRing
+from relay.rekey import rekey as rekey_database
 from relay.store import Store, open_database, store_on
 from relay.store.audit import Entry
 from relay.store.migrate import migrate
@@ -127,15 +130,45 @@ def revoke_key(
     err.print(f"{escape(key_id)} is revoked", **_PLAIN)
 
 
+def rekey(config: Config = None) -> None:
+    """Seal the secrets in the database with the newest secret_key; relays may run meanwhile."""
+    bars = bar.Progress(
+        bar.TextColumn("{task.description}"), bar.TextColumn("{task.completed:,} rows"), console=err
+    )
+    tasks: dict[str, bar.TaskID] = {}
+
+    def show(table: str, rows: int) -> None:
+        if table not in tasks:
+            tasks[table] = bars.add_task(table, total=None)
+        bars.update(tasks[table], completed=rows)
+
+    with bars:
+        done = _with_store(config, lambda store: rekey_database(store.sealed, show=show))
+    complaints = [f"{where} cannot be opened: it was changed in the database" for where in done.broken]
+    if done.left:
+        complaints.append(
+            f"{done.left} secrets were sealed with an older key meanwhile: restart every relay with the new"
+            " secret_key, then run this again"
+        )
+    for line in complaints:
+        err.print(f"[red]relay:[/] {escape(line)}", **_PLAIN)
+    if complaints:
+        raise typer.Exit(1)
+    out.print("Every secret is sealed with the newest secret_key.")
+
+
 def _with_store(config: Path | None, work: Callable[[Store], Awaitable[T]]) -> T:
     """What `work` makes of the store of the configuration, brought up to date. Raises ConfigError."""
 
     async def run() -> T:
-        database = await open_database(load_config(config).database, alone=False, patience=PATIENCE)
+        settings = load_config(config)
+        database = await open_database(settings.database, alone=False, patience=PATIENCE)
         try:
             await migrate(database, now=wall_clock())
             await check_whole(database)
-            return await work(store_on(database))
+            store = store_on(database, KeyRing(settings.secret_keys))
+            await store.sealed.check()
+            return await work(store)
         finally:
             await database.close()
 

@@ -30,6 +30,7 @@ from relay.store.events import Publication
 from relay.store.generations import Hint, Watch
 from relay.store.idempotency import Idempotency
 from tests.conftest import Clock
+from tests.keyring import KEYRING
 from tests.postgres import Cluster
 from tests.test_store import (
     BROKEN,
@@ -75,7 +76,7 @@ async def relays(url: str) -> AsyncIterator[Sequence[Store]]:
         for _ in range(4):
             database = await open_database(url)
             stack.push_async_callback(database.close)
-            stores.append(store_on(database))
+            stores.append(store_on(database, KEYRING))
         await asyncio.gather(*(one.tenants.found(TENANT, "whsec_of_the_tenant", now=NOW) for one in stores))
         yield stores
 
@@ -483,7 +484,7 @@ async def test_rotations_and_changes_at_once_all_happen(url: str, relays: Sequen
     await all_at_once(url, lock, *works, values=[made.id])
     after = await relays[0].endpoints.get(TENANT, made.id)
     assert after is not None
-    assert {after.secret, after.previous_secret} == {"whsec_2", "whsec_3"}
+    assert {one.symmetric for one in after.secrets} == {"whsec_1", "whsec_2", "whsec_3"}
     assert (after.description, after.rate_limit) == ("d", 2.5)
 
 
@@ -498,8 +499,8 @@ async def test_what_is_deleted_stays_disabled_however_it_is_enabled_at_that_mome
     ]
     lock = "SELECT 1 FROM endpoints WHERE id = $1 FOR UPDATE"
     await all_at_once(url, lock, *works, values=[made.id])
-    [row] = await rows(relays[0], "SELECT deleted_at, disabled_at, secret FROM endpoints")
-    assert (row["deleted_at"], row["disabled_at"] is None, row["secret"]) == (NOW + 1, False, "")
+    [row] = await rows(relays[0], "SELECT deleted_at, disabled_at, secrets FROM endpoints")
+    assert (row["deleted_at"], row["disabled_at"] is None, row["secrets"]) == (NOW + 1, False, "")
 
 
 @pytest.mark.parametrize("verb", ["disable", "delete"])
@@ -534,7 +535,7 @@ async def test_nothing_is_signed_with_the_secret_of_an_endpoint_that_is_deleted_
     async with holding(url, "LOCK TABLE tenants IN ACCESS EXCLUSIVE MODE") as other:
         await other.execute(
             """
-            UPDATE endpoints SET deleted_at = 1, disabled_at = 1, disabled_reason = 'deleted', secret = ''
+            UPDATE endpoints SET deleted_at = 1, disabled_at = 1, disabled_reason = 'deleted', secrets = ''
             """
         )
         claiming = asyncio.create_task(claimed_deliveries(relays[0]))

@@ -20,6 +20,7 @@ from relay.store.database import Database, Transaction, expand
 from relay.store.events import Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
 from relay.store.idempotency import Idempotency
+from tests.keyring import KEYRING
 from tests.postgres import Cluster
 from tests.test_store import (
     BROKEN,
@@ -448,7 +449,7 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
 @pytest.mark.parametrize("query", QUERIES)
 async def test_a_query_searches_an_index_and_never_scans_a_big_table(explaining: Explaining, query: str):
     run, expected = QUERIES[query]
-    await run(store_on(explaining))
+    await run(store_on(explaining, KEYRING))
     assert explaining.complaints(expected) == []
 
 
@@ -518,7 +519,7 @@ async def test_a_list_of_few_looks_them_up_and_sorts_them(
 ):
     for given, cursor in pages(noun, filters):
         once = explaining.anew()
-        await getattr(store_on(once), noun).page(TENANT, given, limit=50, cursor=cursor)
+        await getattr(store_on(once, KEYRING), noun).page(TENANT, given, limit=50, cursor=cursor)
         assert once.complaints(Expected(searches, rows=10, sorts=True)) == [], given
 
 
@@ -529,7 +530,7 @@ async def test_a_list_that_has_an_index_is_a_range_of_it_however_rare_and_old_it
     for given, cursor in pages(noun, filters):
         once = explaining.anew()
         asked = (TENANT,) if noun == "keys" else (TENANT, given)
-        await getattr(store_on(once), noun).page(*asked, limit=50, cursor=cursor)
+        await getattr(store_on(once, KEYRING), noun).page(*asked, limit=50, cursor=cursor)
         # Each delivery with its event.
         assert once.complaints(Expected(None, rows=2 * 51, indexes={index})) == [], given
 
@@ -540,7 +541,7 @@ async def test_any_other_list_stops_at_its_limit_rather_than_sorting_everything(
 ):
     for given, cursor in pages(noun, filters):
         once = explaining.anew()
-        await getattr(store_on(once), noun).page(TENANT, given, limit=50, cursor=cursor)
+        await getattr(store_on(once, KEYRING), noun).page(TENANT, given, limit=50, cursor=cursor)
         # At least every twentieth row is one that is looked for.
         assert once.complaints(Expected(None, rows=20 * 2 * 51)) == [], given
 
@@ -549,7 +550,7 @@ async def test_any_other_list_stops_at_its_limit_rather_than_sorting_everything(
 
 
 async def test_writing_what_happened_looks_everything_up(explaining: Explaining):
-    store, explained = store_on(explaining.database), store_on(explaining)
+    store, explained = store_on(explaining.database, KEYRING), store_on(explaining, KEYRING)
     claim = CLAIM | {"lease": new_id("lease", NOW)}
     [one] = await store.deliveries.claim({"ep_1": 1}, **claim)
     [made] = await store.generations.claim({"account-1": 1}, **claim)

@@ -33,6 +33,7 @@ from relay.store.generations import Watch
 from relay.store.tenants import DEFAULT
 from relay.times import parse_rfc3339
 from tests.conftest import RunningRelay, World
+from tests.keyring import KEYRING
 from tests.serving import serving
 
 PROVIDERS = ["pixellabs", "vivix", "pictory", "luma"]
@@ -669,7 +670,7 @@ async def test_a_request_of_a_day_is_written_down_before_it_is_made(database_url
             watched = await world.watch(relay, "vivix", duration=1e6)
             await until(lambda made=made: len(requests) > made)
             made = len(requests)
-            kept = await store_on(database).accounts.kept()
+            kept = await store_on(database, KEYRING).accounts.kept()
             assert kept["vivix"].state["budget"]["used_today"] >= made
             await relay.api.post(f"/v1/generations/{watched['id']}/refresh")
         await database.close()

@@ -12,7 +12,7 @@ import pytest
 
 from relay import event
 from relay.delivery import Answer, Claimed, Code, Settlement, Status, Trigger
-from relay.endpoint import Endpoint
+from relay.endpoint import Endpoint, Secret
 from relay.errors import ConfigError, Conflict, Invalid, NotFound, Refused, StoreError
 from relay.generation import Generation, LearnedBy, Output, Update
 from relay.generation import Status as Is
@@ -27,6 +27,7 @@ from relay.store.events import Change, Handoff, Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
 from relay.store.idempotency import Idempotency
 from relay.store.migrate import migrate, pending
+from tests.keyring import KEYRING
 from tests.postgres import Cluster
 
 NOW = 1_800_000_000_000
@@ -42,7 +43,7 @@ LATE = Update(status=Is.TIMED_OUT)
 async def opened(url: str) -> AsyncIterator[Store]:
     database = await open_database(url)
     try:
-        yield store_on(database)
+        yield store_on(database, KEYRING)
     finally:
         await database.close()
 
@@ -74,7 +75,7 @@ def a_generation(job_id: str | None = "job-1", *, at: int = NOW, **changes: Any)
 
 def an_endpoint(*, at: int = NOW, **changes: Any) -> Endpoint:
     made = Endpoint(
-        id=new_id("ep", at), tenant=TENANT, url="https://a.test/", secret="whsec_1",
+        id=new_id("ep", at), tenant=TENANT, url="https://a.test/", secrets=(Secret("whsec_1"),),
         event_types=[], accounts=[], created_at=at, updated_at=at,
     )  # fmt: skip
     return replace(made, **changes)
@@ -202,7 +203,7 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "endpoints": {
         "id": "ep_1", "tenant": "t", "url": "https://a.test/", "event_types": "[]", "accounts": "[]",
-        "headers": "{}", "metadata": "{}", "secret": "s", "created_at": 1, "updated_at": 1,
+        "headers": "", "metadata": "{}", "secrets": "s", "created_at": 1, "updated_at": 1,
     },
     "generations": {
         "id": "gen_1", "tenant": "t", "account": "a", "provider": "p", "job_id": "j", "status": "queued",
@@ -251,8 +252,6 @@ async def test_a_row_that_is_possible_is_taken(store: Store, table: str):
     [
         ("endpoints", {"disabled_at": 1}, "disabled_endpoints_have_a_reason"),
         ("endpoints", {"disabled_reason": "why"}, "disabled_endpoints_have_a_reason"),
-        ("endpoints", {"previous_secret": "s"}, "previous_secrets_expire"),
-        ("endpoints", {"previous_secret_expires_at": 1}, "previous_secrets_expire"),
         ("generations", {"status": "lost", "due_at": None, "known_at": 1}, "generation_status_is_known"),
         ("generations", {"status": "completed", "known_at": 1}, "only_unfinished_generations_are_polled"),
         ("generations", {"status": "queued", "due_at": None}, "open_generations_are_due"),
@@ -531,7 +530,8 @@ async def test_the_audit_log_is_removed_with_its_age(store: Store):
 async def test_an_endpoint_comes_back_as_it_was_registered(store: Store):
     made = await registered(
         store, description="d", event_types=["generation.failed"], accounts=["luma"],
-        headers={"x-a": "1"}, metadata={"n": [1, None]}, previous_secret="old", previous_secret_expires_at=5,
+        headers={"x-a": "1"}, metadata={"n": [1, None]},
+        secrets=(Secret("new", "whsk_1"), Secret("old", expires_at=5)),
     )  # fmt: skip
     assert await store.endpoints.get(TENANT, made.id) == made
     assert await store.endpoints.get("another tenant", made.id) is None
@@ -559,7 +559,7 @@ async def test_every_field_that_its_owner_may_change_is_changed_and_no_other(sto
         "url": "https://b.test/", "description": "d", "event_types": ["a.b"], "accounts": ["luma"],
         "headers": {"x-a": "1"}, "rate_limit": 2.5, "metadata": {"n": [1, None]},
     }  # fmt: skip
-    others = {"id": "ep_other", "tenant": "t", "secret": "s", "disabled_at": 1, "created_at": 1}
+    others = {"id": "ep_other", "tenant": "t", "secrets": "s", "disabled_at": 1, "created_at": 1}
     changed = await store.endpoints.change(TENANT, made.id, changes | others, now=NOW + 1)
     assert changed == replace(made, **changes, updated_at=NOW + 1)
     assert await store.endpoints.get(TENANT, made.id) == changed
@@ -575,15 +575,22 @@ async def test_what_is_deleted_is_neither_changed_nor_given_a_secret(store: Stor
     assert await rows(store, "SELECT * FROM endpoints") == before
 
 
-async def test_a_rotated_secret_leaves_the_one_before_it_valid_for_a_while_and_no_older_one(store: Store):
+async def test_a_rotated_secret_leaves_those_before_it_valid_for_a_while_and_no_longer(
+    store: Store,
+):
     made = await registered(store)
     await store.endpoints.rotate("another tenant", made.id, "evil", expires_at=NOW + 9, now=NOW)
     for n in (2, 3):
         await store.endpoints.rotate(TENANT, made.id, f"whsec_{n}", expires_at=NOW + 10 * n, now=NOW + n)
     assert await store.endpoints.get(TENANT, made.id) == replace(
-        made, secret="whsec_3", previous_secret="whsec_2", previous_secret_expires_at=NOW + 30,
+        made,
+        secrets=(
+            Secret("whsec_3"),
+            Secret("whsec_2", expires_at=NOW + 30),
+            Secret("whsec_1", expires_at=NOW + 20),
+        ),
         updated_at=NOW + 3,
-    )  # fmt: skip
+    )
     await published(store, an_event("generation.completed"))
     [valid] = await claimed_deliveries(store, now=NOW + 29, lease_until=NOW + 30)
     [expired] = await claimed_deliveries(store, now=NOW + 30)
@@ -631,8 +638,8 @@ async def test_a_deleted_endpoint_is_gone_with_its_secrets_and_its_history_is_re
     await store.endpoints.delete(TENANT, one.endpoint_id, now=NOW)
     assert await store.endpoints.get(TENANT, one.endpoint_id) is None
     assert await store.endpoints.page(TENANT, limit=10, cursor=None) == []
-    [row] = await rows(store, "SELECT secret, previous_secret, headers FROM endpoints")
-    assert row == {"secret": "", "previous_secret": None, "headers": "{}"}
+    [row] = await rows(store, "SELECT secrets, headers FROM endpoints")
+    assert row == {"secrets": "", "headers": ""}
     history = await store.deliveries.get(TENANT, one.id)
     assert history is not None
     assert (history.status, history.url) == (Status.CANCELED, "https://a.test/")
@@ -902,7 +909,7 @@ async def test_a_hint_never_makes_it_later_nor_begins_its_quick_asks_anew(store:
 async def test_hints_beyond_an_accounts_turns_are_late_and_not_lost(store: Store):
     made = [await watched(store, f"job-{number}") for number in range(5)]
     hints = [Hint(one.id, None) for one in made for _ in "123"]
-    await store.generations.hint(hints, turns={"luma": Turns(4)}, now=NOW - DAY)
+    await store.generations.hint(hints, turns={"luma": Turns(4)}.get, now=NOW - DAY)
     found = [(await the(store, one)).due_at for one in made]
     assert found == [NOW - DAY + place * 30 * SECOND for place in (0, 0, 1, 2, 3)]
 
@@ -913,7 +920,7 @@ async def test_a_hint_that_has_nothing_asked_sooner_takes_no_turn(store: Store):
     await watched(store, "3", due_at=NOW)
     [held] = await claimed_generations(store, now=NOW)
     idle = [Hint(one, None) for one in (ended.id, nameless.id, held.id, "gen_gone")]
-    await store.generations.hint([*idle, Hint(other.id, None)], turns={"luma": Turns(2)}, now=NOW - DAY)
+    await store.generations.hint([*idle, Hint(other.id, None)], turns={"luma": Turns(2)}.get, now=NOW - DAY)
     assert (await the(store, other)).due_at == NOW - DAY
 
 
@@ -1117,8 +1124,8 @@ async def test_who_takes_a_delivery_is_told_where_it_goes_and_how_large_it_is(st
 
 async def test_what_is_handed_over_equals_what_a_claim_would_have_given(store: Store):
     await registered(
-        store, headers={"x-a": "1"}, rate_limit=2.5, previous_secret="old",
-        previous_secret_expires_at=NOW + DAY,
+        store, headers={"x-a": "1"}, rate_limit=2.5,
+        secrets=(Secret("whsec_1", "whsk_1"), Secret("old", expires_at=NOW + DAY)),
     )  # fmt: skip
     made = await watched(store, callback_url="https://callback.test/")
     _, handed_over = await announced(store, made, room=9)
@@ -1314,7 +1321,7 @@ async def test_a_claim_of_deliveries_takes_at_most_its_limit_and_comes_due_again
 
 
 async def test_a_claimed_delivery_signs_with_the_old_secret_only_while_it_is_valid(store: Store):
-    await registered(store, previous_secret="old", previous_secret_expires_at=NOW + 10)
+    await registered(store, secrets=(Secret("whsec_1"), Secret("old", expires_at=NOW + 10)))
     await announced(store, await watched(store))
     [valid] = await claimed_deliveries(store, lease_until=NOW + 10)
     [expired] = await claimed_deliveries(store, now=NOW + 10)

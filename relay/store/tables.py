@@ -19,6 +19,7 @@ COPIED: Mapping[str, Sequence[str]] = MappingProxyType(
         "audit": ("id",),
         "endpoints": ("id",),
         "generations": ("id",),
+        "credentials": ("name",),
         "accounts": ("name",),
         "events": ("id",),
         "deliveries": ("id",),

@@ -3,18 +3,23 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import httpx
 
+from relay import account as accounts
 from relay import event, signature
-from relay.endpoint import Endpoint, canonical_url
+from relay.endpoint import Endpoint, Secret, canonical_url
 from relay.errors import Conflict, FieldError, Forbidden, Invalid, Limited, NotFound
 from relay.event import Event
 from relay.generation import Generation, Status
 from relay.ids import new_id
 from relay.key import Key, Scope, hash_of, new_key
 from relay.limit import Limit
+from relay.providers import Account, load
+from relay.store.credentials import Credential
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Publication
 from relay.store.generations import Watch
@@ -29,6 +34,8 @@ TESTS_A_MINUTE = 10
 REPLAYS_A_SECOND, REPLAYS_AT_ONCE = 10, 100
 T = TypeVar("T")
 R = TypeVar("R")
+_BROKEN = "its secret cannot be opened: it was changed in the database; rotate it"
+_SAME = ("api_key", "base_url", "requests_per_minute", "requests_per_day")
 
 
 async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
@@ -38,12 +45,17 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         id=new_id("ep", now),
         tenant=call.tenant,
         url=_url(call.relay, "url", body.url),
-        secret=body.secret or signature.new_secret(),
+        secrets=[
+            Secret(
+                body.secret or signature.new_secret(),
+                signature.new_private_key() if body.ed25519 else None,
+            )
+        ],
         created_at=now,
         updated_at=now,
         description=body.description,
         event_types=body.event_types or (),
-        accounts=_known_accounts(call.relay, body.accounts),
+        accounts=await _known_accounts(call, body.accounts),
         headers=body.headers or {},
         rate_limit=body.rate_limit,
         metadata=body.metadata or {},
@@ -52,6 +64,8 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
     created = await call.relay.store.endpoints.create(endpoint, call.idempotency, entry=entry)
     if created is None:
         raise Conflict("what this Idempotency-Key created is gone")
+    if not created.secrets:
+        raise Conflict(_BROKEN)
     if created.id != endpoint.id:
         await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", created.id))
     return Result(201, r.EndpointWithSecret.of(created))
@@ -76,7 +90,7 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
         if "headers" not in given and httpx.URL(given["url"]).host != httpx.URL(endpoint.url).host:
             given["headers"] = {}
     if "accounts" in given:
-        given["accounts"] = _known_accounts(call.relay, given["accounts"])
+        given["accounts"] = await _known_accounts(call, given["accounts"])
     given |= {name: [] for name in ("event_types", "accounts") if name in given and not given[name]}
     given |= {name: {} for name in ("headers", "metadata") if name in given and not given[name]}
     changed = await call.relay.store.endpoints.change(
@@ -138,7 +152,7 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
     endpoint, now = await _endpoint(call), call.relay.now()
     secret = call.body.secret or signature.new_secret()
     expires_at = now + call.body.overlap_seconds * 1000
-    await call.relay.store.endpoints.rotate(
+    rotated = await call.relay.store.endpoints.rotate(
         call.tenant,
         endpoint.id,
         secret,
@@ -146,33 +160,31 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
         now=now,
         entry=call.entry("endpoint.secret_rotated", endpoint.id),
     )
+    if rotated is None:
+        raise NotFound(f"no endpoint {endpoint.id}")
     call.relay.deliverer.changed(endpoint.id)
-    return Result(200, r.SecretResource(secret=secret, previous_secret_expires_at=rfc3339(expires_at)))
+    return Result(200, _secret(rotated, now))
 
 
 async def get_secret(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
     await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", endpoint.id))
-    expires_at = endpoint.previous_secret_expires_at or 0
-    overlaps = expires_at > call.relay.now()
-    return Result(
-        200,
-        r.SecretResource(
-            secret=endpoint.secret, previous_secret_expires_at=rfc3339(expires_at) if overlaps else None
-        ),
-    )
+    return Result(200, _secret(endpoint, call.relay.now()))
 
 
 async def get_signing_secret(call: Call[None, None]) -> Result:
     await call.relay.store.audit.add(call.entry("tenant.secret_revealed", call.tenant))
-    return Result(200, r.SecretResource(secret=await call.relay.store.tenants.signing_secret(call.tenant)))
+    secret = await call.relay.store.tenants.signing_secret(call.tenant)
+    if secret is None:
+        raise Conflict("the signing secret cannot be opened: it was changed in the database")
+    return Result(200, r.SecretResource(secret=secret))
 
 
 async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
     relay, body, now = call.relay, call.body, call.relay.now()
-    account = relay.accounts.get(body.account)
+    account = await relay.accounts.find(call.tenant, body.account)
     if account is None:
-        raise Invalid(FieldError("account", f"there is no account {body.account!r} in the configuration"))
+        raise Invalid(FieldError("account", f"there is no account {body.account!r}"))
     if body.job_id is None and not account.provider.calls_back:
         raise Invalid(
             FieldError("job_id", f"is required: {account.provider.name} does not call back, it is polled")
@@ -214,9 +226,15 @@ async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
 
 
 async def list_generations(call: Call[None, r.GenerationQuery]) -> Result:
-    found = await call.relay.store.generations.page(
-        call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
-    )
+    filters, limit = call.query.filters(), call.query.limit + 1
+    wanted = [filters]
+    if "account" in filters:
+        wanted = [{**filters, "account": name} for name in accounts.meant(call.tenant, filters["account"])]
+    generations = call.relay.store.generations
+    pages = [
+        await generations.page(call.tenant, each, limit=limit, cursor=call.query.cursor) for each in wanted
+    ]
+    found = sorted((one for page in pages for one in page), key=attrgetter("id"), reverse=True)[:limit]
     return _page(found, call.query, lambda one: _generation(call.relay, one))
 
 
@@ -227,7 +245,7 @@ async def get_generation(call: Call[Any, None]) -> Result:
 async def change_generation(call: Call[r.GenerationChange, None]) -> Result:
     relay, generation = call.relay, await _get_generation(call)
     if call.body.job_id is not None and call.body.job_id != generation.job_id:
-        account, ask = relay.accounts.get(generation.account), None
+        account, ask = await relay.accounts.seek(generation.account), None
         if account is not None and not generation.ended:
             ask = relay.poller.first_ask(
                 account,
@@ -311,11 +329,82 @@ async def replay_delivery(call: Call[None, None]) -> Result:
     return Result(202, _delivery(await _get_delivery(relay, call.tenant, id_)))
 
 
+async def create_account(call: Call[r.AccountCreate, None]) -> Result:
+    relay, now = call.relay, call.relay.now()
+    given = call.body.model_dump(exclude_unset=True)
+    name = call.body.name
+    if (seen := relay.accounts.of(call.tenant).get(name)) is not None and seen.owner is None:
+        raise Conflict(f"there is an account {name!r} already, in the relay's configuration file")
+    new = Credential(
+        name=accounts.inner(call.tenant, name),
+        tenant=call.tenant,
+        provider=call.body.provider,
+        created_at=now,
+        updated_at=now,
+        **_settings(relay, given),
+    )
+    entry = call.entry("account.created", name)
+    account = await _changed_account(
+        relay, await relay.store.credentials.create(new, call.idempotency, entry=entry)
+    )
+    if account is None:
+        raise Conflict("what this Idempotency-Key created is gone")
+    return Result(201, _account(relay, account, call.tenant))
+
+
 async def list_accounts(call: Call[None, r.PageQuery]) -> Result:
-    names = sorted(name for name in call.relay.accounts if name > (call.query.cursor or ""))
+    found = call.relay.accounts.of(call.tenant)
+    names = sorted(name for name in found if name > (call.query.cursor or ""))
     page, more = names[: call.query.limit], len(names) > call.query.limit
-    data = [_account(call.relay, name) for name in page]
+    data = [_account(call.relay, found[name], call.tenant) for name in page]
     return Result(200, r.Page[r.AccountResource](data=data, next_cursor=page[-1] if more else None))
+
+
+async def get_account(call: Call[None, None]) -> Result:
+    found = await call.relay.accounts.find(call.tenant, call.path["name"])
+    if found is None:
+        raise NotFound(f"no account {call.path['name']}")
+    return Result(200, _account(call.relay, found, call.tenant))
+
+
+async def change_account(call: Call[r.AccountChange, None]) -> Result:
+    relay, account = call.relay, await _own_account(call)
+    changes = _settings(relay, call.body.model_dump(exclude_unset=True))
+
+    def changed(before: Credential) -> Credential:
+        after = replace(before, **changes)
+        if "api_key" not in changes and _host(before) != _host(after):
+            problem = "is required with a base_url at another host: the one that is stored goes nowhere else"
+            raise Invalid(FieldError("api_key", problem))
+        return after
+
+    entry = call.entry("account.changed", account.shown, fields=sorted(call.body.model_fields_set))
+    is_there = await relay.store.credentials.change(account.name, changed, now=relay.now(), entry=entry)
+    found = await _changed_account(relay, account.name) if is_there else None
+    if found is None:
+        raise NotFound(f"no account {account.shown}")
+    return Result(200, _account(relay, found, call.tenant))
+
+
+async def delete_account(call: Call[None, None]) -> Result:
+    relay, account = call.relay, await _own_account(call)
+    entry = call.entry("account.deleted", account.shown)
+    if not await relay.store.credentials.delete(account.name, entry=entry):
+        raise NotFound(f"no account {account.shown}")
+    await _changed_account(relay, account.name)
+    return Result(204)
+
+
+def _secret(endpoint: Endpoint, now: int) -> r.SecretResource:
+    if not endpoint.secrets:
+        raise Conflict(_BROKEN)
+    newest, *older = endpoint.secrets
+    expires_at = max((one.expires_at or 0 for one in older), default=0)
+    return r.SecretResource(
+        secret=newest.symmetric,
+        public_key=endpoint.public_key,
+        previous_secret_expires_at=rfc3339(expires_at) if expires_at > now else None,
+    )
 
 
 async def create_key(call: Call[r.KeyCreate, None]) -> Result:
@@ -395,11 +484,51 @@ def _url(relay: Relay, field: str, url: str) -> str:
         raise Invalid(FieldError(field, str(error))) from error
 
 
-def _known_accounts(relay: Relay, names: Sequence[str] | None) -> Sequence[str]:
+async def _known_accounts(call: Call[Any, Any], names: Sequence[str] | None) -> Sequence[str]:
     for name in names or ():
-        if name not in relay.accounts:
-            raise Invalid(FieldError("accounts", f"there is no account {name!r} in the configuration"))
+        if await call.relay.accounts.find(call.tenant, name) is None:
+            raise Invalid(FieldError("accounts", f"there is no account {name!r}"))
     return names or ()
+
+
+async def _own_account(call: Call[Any, Any]) -> Account:
+    """The account that a tenant has added itself. Raises NotFound without one, Conflict for another one."""
+    name = call.path["name"]
+    found = await call.relay.accounts.find(call.tenant, name)
+    if found is None:
+        raise NotFound(f"no account {name}")
+    if found.owner is None:
+        raise Conflict(
+            f"account {name!r} is in the relay's configuration file (accounts.{name}): change it there"
+        )
+    return found
+
+
+async def _changed_account(relay: Relay, name: str) -> Account | None:
+    """The account as it is now, after this relay has changed it and told the others; None when it is gone."""
+    relay.bell.ring("accounts", name)
+    await relay.accounts.look([name])
+    relay.poller.wake()
+    return relay.accounts.get(name)
+
+
+def _settings(relay: Relay, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request says of an account, in the words of its credential."""
+    settings = {name: given[name] for name in _SAME if name in given}
+    if "webhook_secret" in given:
+        settings["webhook_secrets"] = tuple(given["webhook_secret"] or ())
+    if given.get("base_url") is not None:
+        settings["base_url"] = _url(relay, "base_url", given["base_url"])
+    for name in ("timeout", "poll_interval"):
+        if f"{name}_seconds" in given:
+            seconds = given[f"{name}_seconds"]
+            settings[name] = math.ceil(seconds * 1000) if seconds is not None else None
+    return settings
+
+
+def _host(credential: Credential) -> tuple[str, str, int | None]:
+    url = httpx.URL(credential.base_url or load(credential.provider).base_url)
+    return url.scheme, url.host, url.port
 
 
 async def _endpoint(call: Call[Any, Any]) -> Endpoint:
@@ -496,23 +625,28 @@ def _delivery_fields(one: Delivery) -> dict[str, Any]:
     }
 
 
-def _account(relay: Relay, name: str) -> r.AccountResource:
-    account, standing, now = relay.accounts[name], relay.poller.standings[name], relay.now()
+def _account(relay: Relay, account: Account, tenant: str) -> r.AccountResource:
+    standing, now = relay.poller.standing(account), relay.now()
     health, budget = standing.health, standing.budget
     used = budget.used_today - max(0, standing.lent) if now < budget.day_ends_at else 0
     wait = standing.wait(now)
     return r.AccountResource(
-        name=name,
+        name=account.shown,
         provider=account.provider.name,
         status=health.status.value,
+        configured=account.owner is None,
+        api_key_hint=account.api_key_hint,
         base_url=account.base_url,
+        timeout_seconds=account.pace.timeout / 1000,
+        poll_interval_seconds=account.pace.interval / 1000,
         calls_back=account.provider.calls_back,
+        webhook_url=relay.callbacks.account_url(account.name) if account.provider.signs else None,
         budget=r.BudgetResource(
-            requests_per_minute=budget.per_minute,
-            requests_per_day=budget.per_day,
+            requests_per_minute=account.requests_per_minute,
+            requests_per_day=account.requests_per_day,
             used_today=max(0, used),
             next_request_at=rfc3339(now + wait) if wait else None,
         ),
-        last_error=health.last_error,
+        last_error=account.told(tenant, health.last_error),
         last_error_at=rfc3339(health.last_error_at) if health.last_error_at is not None else None,
     )

@@ -1,6 +1,6 @@
 """What every request can reach: built once by `relay.app`, typed, and nothing else is shared."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -14,7 +14,7 @@ from relay.hold import Holder
 from relay.ingest import Ingest
 from relay.limit import Limit
 from relay.poll import Poller
-from relay.providers import Account
+from relay.roster import Roster
 from relay.shard import Held
 from relay.store import Store
 from relay.store.generations import Hint, Watch, Watched
@@ -28,7 +28,7 @@ class Relay:
 
     settings: Settings
     store: Store
-    accounts: Mapping[str, Account]
+    accounts: Roster
     callbacks: Callbacks
     ingest: Ingest
     asker: Asker

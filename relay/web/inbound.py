@@ -25,7 +25,7 @@ async def receive(request: Request[State]) -> Response:
     relay = request.state["relay"]
     name = request.path_params["account"]
     generation_id = relay.callbacks.generation(name, request.path_params["token"])
-    account = relay.accounts.get(name)
+    account = await relay.accounts.seek(name) if generation_id is not None else None
     if generation_id is None or account is None or not account.provider.calls_back:
         raise HTTPException(404)
     claimed = _claimed(account.provider, await read_body(request))
@@ -40,7 +40,7 @@ async def receive_signed(request: Request[State]) -> Response:
     durable, or at once when nobody watches the job; 404 as to any unknown path where none is expected."""
     relay = request.state["relay"]
     name = request.path_params["account"]
-    account = relay.accounts.get(name)
+    account = await relay.accounts.seek(name)
     if account is None or not account.takes_signed_callbacks:
         raise HTTPException(404)
     body = await read_body(request)

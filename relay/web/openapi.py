@@ -1,5 +1,6 @@
 """The OpenAPI 3.1 document, made from the operations and their models."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -300,8 +301,8 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
     parameters: list[dict[str, Any]] = []
-    if "{id}" in operation.path:
-        parameters.append({"name": "id", "in": "path", "required": True, "schema": {"type": "string"}})
+    for name in re.findall(r"{(\w+)}", operation.path):
+        parameters.append({"name": name, "in": "path", "required": True, "schema": {"type": "string"}})
     if operation.query is not None:
         schema = TypeAdapter(operation.query).json_schema()
         for name, one in schema["properties"].items():

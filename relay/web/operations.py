@@ -254,6 +254,18 @@ OPERATIONS = (
         },
     ),
     Operation(
+        "POST",
+        "/v1/accounts",
+        ADMIN,
+        "Add an account; its credential is never shown again",
+        api.create_account,
+        r.AccountResource,
+        {201: "Added", 409: "There is an account of this name, or too many"},
+        body=r.AccountCreate,
+        creates=True,
+        example={"name": "luma", "provider": "luma", "api_key": "luma-0123456789abcdef"},
+    ),
+    Operation(
         "GET",
         "/v1/accounts",
         READ,
@@ -262,6 +274,33 @@ OPERATIONS = (
         r.Page[r.AccountResource],
         {200: "A page"},
         query=r.PageQuery,
+    ),
+    Operation(
+        "GET", "/v1/accounts/{name}", READ, "Show an account", api.get_account, r.AccountResource, _FOUND
+    ),
+    Operation(
+        "PATCH",
+        "/v1/accounts/{name}",
+        ADMIN,
+        "Change an account that was added by API; its next request is made with the new credential",
+        api.change_account,
+        r.AccountResource,
+        {200: "Changed", 404: _FOUND[404], 409: "It is in the configuration file"},
+        body=r.AccountChange,
+        example={"api_key": "luma-fedcba9876543210"},
+    ),
+    Operation(
+        "DELETE",
+        "/v1/accounts/{name}",
+        ADMIN,
+        "Delete an account that was added by API",
+        api.delete_account,
+        None,
+        {
+            204: "Deleted",
+            404: _FOUND[404],
+            409: "There are open generations of it, or it is in the configuration file",
+        },
     ),
     Operation(
         "POST",

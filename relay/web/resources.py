@@ -13,9 +13,10 @@ from pydantic import (
     model_validator,
 )
 
-from relay import delivery, endpoint, event, generation
+from relay import account, delivery, endpoint, event, generation
 from relay.body import compact
 from relay.key import NAME_OF_TENANT, Key, Scope
+from relay.providers import PROVIDERS
 from relay.signature import secret_key
 from relay.store.audit import Noted
 from relay.times import parse_rfc3339, rfc3339
@@ -62,6 +63,21 @@ def _secret(value: str) -> str:
     return value
 
 
+def _provider(value: str) -> str:
+    # Never a module to import: that is for the configuration alone.
+    if value not in PROVIDERS:
+        raise ValueError(f"must be one of {', '.join(PROVIDERS)}")
+    return value
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 def _headers(value: Mapping[str, str]) -> Mapping[str, str]:
     for name, content in value.items():
         problem = endpoint.header_problem(name, content)
@@ -84,6 +100,15 @@ JobId = Annotated[str, AfterValidator(_job_id)]
 Secret = Annotated[str, AfterValidator(_secret)]
 Headers = Annotated[Mapping[str, str], Field(max_length=20), AfterValidator(_headers)]
 RateLimit = Annotated[float, Field(gt=0, le=10_000, description="Attempts a second, at most.")]
+# What Relay shows to a provider, or a provider to Relay. Shorter ones could not be blotted out of a text.
+Credential = Annotated[str, Field(min_length=8, max_length=4096, pattern=r"^[\x21-\x7e]+$")]
+WebhookSecrets = Annotated[
+    list[Credential],
+    Field(min_length=1, max_length=10, description="One, or a list of several while it is changed."),
+    BeforeValidator(_listed, json_schema_input_type=Credential | list[Credential]),
+]
+Seconds = Annotated[float, Field(ge=0.1, le=30 * 86_400)]
+Limit = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Instant = Annotated[int, BeforeValidator(_instant, json_schema_input_type=str)]
 Time = Annotated[str, Field(examples=["2026-03-16T14:30:12.000Z"], json_schema_extra={"format": "date-time"})]
 
@@ -141,6 +166,7 @@ class EndpointCreate(Request):
     headers: Headers | None = None
     rate_limit: RateLimit | None = None
     secret: Secret | None = None
+    ed25519: bool = Field(default=False, description="Whether to sign with Ed25519 (`v1a`) as well.")
     metadata: Metadata | None = None
 
 
@@ -153,6 +179,7 @@ class EndpointChange(Request):
     accounts: Annotated[list[str], Field(max_length=100)] | None = None
     headers: Headers | None = None
     rate_limit: RateLimit | None = None
+    ed25519: bool = False
     metadata: Metadata | None = None
 
 
@@ -170,6 +197,7 @@ class EndpointResource(Resource):
     filter: None = None
     headers: Mapping[str, str]
     rate_limit: float | None
+    public_key: str | None = Field(description="`whpk_…`, where it is signed with Ed25519 (`v1a`) as well.")
     metadata: Mapping[str, Any]
     status: Literal["enabled", "disabled"]
     disabled_reason: str | None
@@ -186,7 +214,7 @@ class EndpointWithSecret(EndpointResource):
 
     @classmethod
     def of(cls, one: endpoint.Endpoint) -> Self:
-        return cls(**_endpoint(one), secret=one.secret)
+        return cls(**_endpoint(one), secret=one.secrets[0].symmetric)
 
 
 def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
@@ -198,6 +226,7 @@ def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
         "accounts": list(one.accounts) or None,
         "headers": one.headers,
         "rate_limit": one.rate_limit,
+        "public_key": one.public_key,
         "metadata": one.metadata,
         "status": "disabled" if one.disabled_at is not None else "enabled",
         "disabled_reason": one.disabled_reason,
@@ -208,6 +237,7 @@ def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
 
 class SecretResource(Resource):
     secret: str
+    public_key: str | None = Field(default=None, description="`whpk_…`, where it signs with Ed25519 as well.")
     previous_secret_expires_at: Time | None = None
 
 
@@ -411,12 +441,54 @@ class BudgetResource(Resource):
     next_request_at: Time | None = Field(description="When the next request may be made; null is now.")
 
 
+class AccountCreate(Request):
+    name: str = Field(pattern=account.NAME)
+    provider: Annotated[str, AfterValidator(_provider), Field(json_schema_extra={"enum": sorted(PROVIDERS)})]
+    api_key: Credential = Field(repr=False)
+    webhook_secret: WebhookSecrets | None = Field(default=None, repr=False)
+    base_url: str | None = None
+    timeout_seconds: Seconds | None = None
+    poll_interval_seconds: Seconds | None = None
+    requests_per_minute: Limit | None = None
+    requests_per_day: Limit | None = None
+
+
+class AccountChange(Request):
+    """Only the fields that are given are changed; null is the provider's own value again."""
+
+    api_key: Credential = Field(
+        default="",
+        repr=False,
+        description="Needed with a base_url at another host.",
+        # That is no value it may have: left out, it stays as it is.
+        json_schema_extra=_without_default,
+    )
+    webhook_secret: WebhookSecrets | None = Field(default=None, repr=False)
+    base_url: str | None = None
+    timeout_seconds: Seconds | None = None
+    poll_interval_seconds: Seconds | None = None
+    requests_per_minute: Limit | None = None
+    requests_per_day: Limit | None = None
+
+
 class AccountResource(Resource):
     name: str
     provider: str
     status: Literal["ok", "unauthorized", "failing"]
+    configured: bool = Field(description="In the configuration file: it cannot be changed by API.")
+    api_key_hint: str | None = Field(
+        description="The last 4 characters of a key that was given by API and has at least 20."
+    )
     base_url: str
+    timeout_seconds: float
+    poll_interval_seconds: float = Field(
+        description="The shortest pause between two polls of one generation."
+    )
     calls_back: bool
+    webhook_url: str | None = Field(
+        description="Where a provider that signs may call back about any job of the account; null where it"
+        " does not sign. Register it there, and set webhook_secret: until then nothing is taken."
+    )
     budget: BudgetResource
     last_error: str | None
     last_error_at: Time | None

@@ -1,4 +1,5 @@
 -- Times are unix milliseconds, ids are time-ordered text, JSON is text, a flag is a nullable time.
+-- Provider credentials, signing secrets and custom headers are sealed: `relay/store/sealed.py` lists them.
 -- Rows carry their tenant; it comes last in unique constraints, so that no list is read by it alone.
 
 -- Where the rows of this database came from: a copy that has not ended has not brought all of them.
@@ -55,9 +56,7 @@ CREATE TABLE endpoints (
     accounts TEXT NOT NULL,
     headers TEXT NOT NULL,
     metadata TEXT NOT NULL,
-    secret TEXT NOT NULL,
-    previous_secret TEXT,
-    previous_secret_expires_at BIGINT,
+    secrets TEXT NOT NULL,
     rate_limit DOUBLE PRECISION,
     failing_since BIGINT,
     failing_event TEXT,
@@ -66,9 +65,7 @@ CREATE TABLE endpoints (
     deleted_at BIGINT,
     created_at BIGINT NOT NULL,
     updated_at BIGINT NOT NULL,
-    CONSTRAINT disabled_endpoints_have_a_reason CHECK ((disabled_at IS NULL) = (disabled_reason IS NULL)),
-    CONSTRAINT previous_secrets_expire
-        CHECK ((previous_secret IS NULL) = (previous_secret_expires_at IS NULL))
+    CONSTRAINT disabled_endpoints_have_a_reason CHECK ((disabled_at IS NULL) = (disabled_reason IS NULL))
 );
 CREATE INDEX endpoints_in_use ON endpoints (tenant, id) WHERE deleted_at IS NULL;
 
@@ -143,6 +140,19 @@ CREATE TABLE accounts (
     wanted BIGINT NOT NULL,
     heard TEXT,
     holder TEXT,
+    updated_at BIGINT NOT NULL
+);
+
+-- What tenants have added; accounts of the configuration are not here.
+CREATE TABLE credentials (
+    name TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    provider TEXT NOT NULL,
+    base_url TEXT,
+    settings TEXT NOT NULL,
+    api_key TEXT NOT NULL,
+    webhook_secrets TEXT NOT NULL,
+    created_at BIGINT NOT NULL,
     updated_at BIGINT NOT NULL
 );
 
