@@ -28,7 +28,7 @@ from relay.poll import Poller
 from relay.prune import prune
 from relay.renew import Renewer
 from relay.sender import Sender
-from relay.server import Server, bind, origin
+from relay.server import Server, bind, origin, use_all_files
 from relay.shard import Held
 from relay.store import Store, open_database, store_on
 from relay.store.generations import Hint
@@ -81,6 +81,7 @@ def build(
 
 async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is in flight. Raises ConfigError."""
+    use_all_files()
     bound = bind(settings.host, settings.port)
     async with running(settings, now=wall_clock, show_key=show_key) as relay:
 
@@ -88,7 +89,11 @@ async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
         async def lifespan(app: Starlette) -> AsyncIterator[State]:
             yield {"relay": relay}
 
-        server = Server(_web(lifespan), grace=settings.delivery.timeout / 1000)
+        server = Server(
+            _web(lifespan),
+            grace=settings.delivery.timeout / 1000,
+            trusted_proxies=settings.network.trusted_proxies,
+        )
 
         def wind_down() -> None:
             relay.ingest.stop_waiting()
