@@ -378,7 +378,8 @@ async def test_slow_clients_stop_nobody_from_publishing(
         await dripping
         assert max(took) < 2 * deadline + 2 + count / 200
     print(
-        f"{count} slow clients: {len(disturbed)} published, p99 {quantiles(disturbed, n=100)[98] * 1000:.0f} ms"
+        f"{count} slow clients: {len(disturbed)} published meanwhile, p99"
+        f" {quantiles(disturbed, n=100)[98] * 1000:.0f} ms"
         f" (undisturbed {quantiles(undisturbed, n=100)[98] * 1000:.0f} ms), closed after {max(took):.1f} s"
     )
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from relay import __version__
+from relay.body import DEPTH, DIGITS
 from relay.event import (
     DISABLED,
     ENDINGS,
@@ -45,6 +46,7 @@ _REFUSALS = {
     400: "Malformed: not JSON, or the body did not arrive",
     401: "No or bad key",
     413: f"The body is larger than {LARGEST_BODY} bytes",
+    415: "The body has a Content-Encoding",
     422: "Well-formed but invalid: `errors` names each field",
     503: "Storage cannot accept: nothing was changed, try again after Retry-After",
 }
@@ -144,7 +146,9 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
         "info": {
             "title": "Relay",
             "version": __version__,
-            "description": "A self-hosted webhook relay and notifier for AI generation jobs.",
+            "description": "A self-hosted webhook relay and notifier for AI generation jobs. Bodies are JSON in"
+            f" UTF-8, at most {LARGEST_BODY} bytes, {DEPTH} levels deep and without a Content-Encoding; an integer"
+            f" has at most {DIGITS} digits, and of members with the same name the last one counts.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "security": [{"key": []}],
@@ -230,7 +234,7 @@ def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _hook_refusals(own: Mapping[int, str]) -> dict[str, Any]:
     problem = {"application/problem+json": {"schema": {"$ref": _REF.format(model="Problem")}}}
-    meanings = {400: "The body did not arrive", **{status: _REFUSALS[status] for status in (413, 503)}, **own}
+    meanings = {400: "The body did not arrive", **{status: _REFUSALS[status] for status in (413, 415, 503)}, **own}
     return {
         str(status): {"description": meaning, "content": problem}
         for status, meaning in sorted(meanings.items())
