@@ -38,6 +38,7 @@ from relay.store.tenants import DEFAULT
 from relay.web import inbound, ops
 from relay.web.auth import hash_key, new_key
 from relay.web.context import Relay, State
+from relay.web.headers import SecurityHeaders
 from relay.web.operations import OPERATIONS
 from relay.web.problem import HANDLERS
 
@@ -76,7 +77,7 @@ def build(
         async with running(settings, now=now, show_key=show_key) as relay:
             yield {"relay": relay}
 
-    return _web(lifespan)
+    return _web(settings, lifespan)
 
 
 async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
@@ -90,7 +91,7 @@ async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
             yield {"relay": relay}
 
         server = Server(
-            _web(lifespan),
+            _web(settings, lifespan),
             grace=settings.delivery.timeout / 1000,
             trusted_proxies=settings.network.trusted_proxies,
         )
@@ -109,12 +110,17 @@ async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
     log.info("relay.stopped")
 
 
-def _web(lifespan: Callable[[Starlette], AbstractAsyncContextManager[State]]) -> Starlette:
+def _web(
+    settings: Settings, lifespan: Callable[[Starlette], AbstractAsyncContextManager[State]]
+) -> Starlette:
     # Routes are tried in this order: those that are called most come first.
     posts_first = sorted(OPERATIONS, key=lambda one: (one.method != "POST", not one.creates))
     routes = [*(one.route() for one in posts_first), *inbound.ROUTES, *ops.routes(OPERATIONS)]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
+    # Outside of everything, also of what answers when something has crashed.
+    is_https = settings.origin.startswith("https://")
+    app.middleware_stack = SecurityHeaders(app.build_middleware_stack(), https=is_https)
     return app
 
 

@@ -33,8 +33,9 @@ def _whole(digits: str) -> int:
 
 
 def parse(data: bytes) -> Any:
-    """The JSON value in `data`. Raises Malformed for anything else: bad UTF-8, a byte order mark, NaN, numbers
-    that are no doubles, nesting deeper than DEPTH. Of members with the same name the last one counts.
+    """The JSON value in `data`. Raises Malformed for anything else: bad UTF-8, a byte order mark, NaN,
+    numbers too large for a double, nesting deeper than DEPTH. Of members with the same name the last one
+    counts.
 
     What it returns, `compact` writes and `parse` reads again; both in a time that grows with the length only.
     """

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import example, given
@@ -141,8 +142,6 @@ LONGEST = {
 @pytest.mark.parametrize("data", LONGEST.values(), ids=LONGEST)
 def test_no_mebibyte_takes_long(data):
     begun = time.process_time()
-    try:
+    with suppress(Malformed):
         compact(parse(data))
-    except Malformed:
-        pass
     assert time.process_time() - begun < 1

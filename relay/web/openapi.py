@@ -146,9 +146,9 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
         "info": {
             "title": "Relay",
             "version": __version__,
-            "description": "A self-hosted webhook relay and notifier for AI generation jobs. Bodies are JSON in"
-            f" UTF-8, at most {LARGEST_BODY} bytes, {DEPTH} levels deep and without a Content-Encoding; an integer"
-            f" has at most {DIGITS} digits, and of members with the same name the last one counts.",
+            "description": "A self-hosted webhook relay and notifier for AI generation jobs. Bodies are JSON"
+            f" in UTF-8 without a Content-Encoding, at most {LARGEST_BODY} bytes and {DEPTH} levels deep; an"
+            f" integer has at most {DIGITS} digits; of members with the same name the last one counts.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "security": [{"key": []}],
@@ -234,7 +234,8 @@ def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _hook_refusals(own: Mapping[int, str]) -> dict[str, Any]:
     problem = {"application/problem+json": {"schema": {"$ref": _REF.format(model="Problem")}}}
-    meanings = {400: "The body did not arrive", **{status: _REFUSALS[status] for status in (413, 415, 503)}, **own}
+    always = {status: _REFUSALS[status] for status in (413, 415, 503)}
+    meanings = {400: "The body did not arrive", **always, **own}
     return {
         str(status): {"description": meaning, "content": problem}
         for status, meaning in sorted(meanings.items())
