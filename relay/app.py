@@ -115,7 +115,7 @@ def _web(
 ) -> Starlette:
     # Routes are tried in this order: those that are called most come first.
     posts_first = sorted(OPERATIONS, key=lambda one: (one.method != "POST", not one.creates))
-    routes = [*(one.route() for one in posts_first), *inbound.ROUTES, *ops.routes(OPERATIONS)]
+    routes = [*(one.route() for one in posts_first), *inbound.routes(), *ops.routes(OPERATIONS)]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
     # Outside of everything, also of what answers when something has crashed.
@@ -245,7 +245,7 @@ def _assemble(
         settings=settings,
         store=store,
         accounts=configured,
-        callbacks=Callbacks(settings.origin, settings.secret_key),
+        callbacks=Callbacks(settings.origin, [settings.secret_key]),
         ingest=ingest,
         asker=asker,
         poller=poller,

@@ -235,6 +235,7 @@ def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:
 def _hook_refusals(own: Mapping[int, str]) -> dict[str, Any]:
     problem = {"application/problem+json": {"schema": {"$ref": _REF.format(model="Problem")}}}
     always = {status: _REFUSALS[status] for status in (413, 415, 503)}
+    always[429] = "They come too often: see Retry-After"
     meanings = {400: "The body did not arrive", **always, **own}
     return {
         str(status): {"description": meaning, "content": problem}
