@@ -19,7 +19,7 @@ def _refuse(constant: str) -> NoReturn:
 
 def _finite(digits: str) -> float:
     value = float(digits)
-    return value if math.isfinite(value) else _refuse(digits)
+    return value if math.isfinite(value) else _refuse(digits if len(digits) <= 20 else digits[:20] + "…")
 
 
 def parse(data: bytes) -> Any:
