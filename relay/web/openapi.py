@@ -300,8 +300,10 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
         content: dict[str, Any] = {"schema": {"oneOf": [item, items]} if operation.at_most else item}
         if operation.example:
             content["example"] = operation.example
-        required = any(one.is_required() for one in operation.body.model_fields.values())
-        described["requestBody"] = {"required": required, "content": {"application/json": content}}
+        described["requestBody"] = {
+            "required": operation.needs_body,
+            "content": {"application/json": content},
+        }
     return described
 
 
@@ -312,9 +314,8 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     if operation.query is not None:
         schema = TypeAdapter(operation.query).json_schema()
         for name, one in schema["properties"].items():
-            parameters.append(
-                {"name": name, "in": "query", "required": False, "schema": _inline(one, schema)}
-            )
+            described = _not_null(_inline(one, schema))
+            parameters.append({"name": name, "in": "query", "required": False, "schema": described})
     if operation.creates:
         parameters.append(
             {
@@ -337,6 +338,15 @@ def _inline(schema: Any, root: Mapping[str, Any]) -> Any:
     if "$ref" in schema:
         return _inline(root["$defs"][schema["$ref"].rsplit("/", 1)[-1]], root)
     return {name: _inline(one, root) for name, one in schema.items()}
+
+
+def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's schema when it is given: nothing behind a `?` is null."""
+    values = [one for one in schema.get("anyOf", ()) if one != {"type": "null"}]
+    if len(values) != 1:
+        return schema
+    kept = {name: one for name, one in schema.items() if name not in ("anyOf", "default")}
+    return {**kept, **values[0]}
 
 
 def _webhooks(names: Mapping[Any, Any]) -> dict[str, Any]:

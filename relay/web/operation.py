@@ -68,8 +68,8 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Operation:
     """`scope` is what a key must have for it; `answers` says what each status means; `creates` honours
-    Idempotency-Key; a `body` whose fields all have defaults may be left out; `at_most` bodies may come as a
-    list, and are answered as a `page`."""
+    Idempotency-Key; a `body` that may be empty may be left out; `at_most` bodies may come as a list, and are
+    answered as a `page`."""
 
     method: str
     path: str
@@ -87,6 +87,13 @@ class Operation:
 
     def route(self) -> Route:
         return Route(self.path, self, methods=[self.method])
+
+    @property
+    def needs_body(self) -> bool:
+        try:
+            return self.body is not None and not self.body()
+        except ValidationError:
+            return True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As an ASGI application: the errors it raises are made into problems around it."""
@@ -116,8 +123,7 @@ class Operation:
     def _read(self, raw: bytes) -> BaseModel | list[BaseModel] | None:
         if self.body is None:
             return None
-        optional = not any(one.is_required() for one in self.body.model_fields.values())
-        if not raw and optional:
+        if not raw and not self.needs_body:
             return self.body()
         document = parse(raw)
         if isinstance(document, list) and self.at_most:
