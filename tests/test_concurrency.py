@@ -25,6 +25,7 @@ from relay.generation import Status as Is
 from relay.generation import Update
 from relay.prune import prune
 from relay.store import Store, open_database, store_on
+from relay.store.audit import Entry
 from relay.store.events import Publication
 from relay.store.generations import Hint, Watch
 from relay.store.idempotency import Idempotency
@@ -41,6 +42,7 @@ from tests.test_store import (
     TENANT,
     YEAR,
     a_generation,
+    a_key,
     an_endpoint,
     an_event,
     announced,
@@ -825,6 +827,47 @@ async def test_many_relays_remove_what_is_old_at_once_while_it_is_replayed(relay
     await prune(relays[0], events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW)
     assert {row["id"] for row in await rows(relays[0], "SELECT id FROM deliveries")} == replayed
     assert await count(relays[0], "events") == len(replayed)
+
+
+# Keys.
+
+
+async def test_of_relays_that_revoke_a_key_at_once_one_puts_it_on_record(relays: Sequence[Store], url: str):
+    made = await relays[0].keys.create(a_key())
+    entry = Entry(TENANT, NOW, "cli", "key.revoked", made.id)
+    revoked = [relay.keys.revoke(TENANT, made.id, now=NOW, entry=entry) for relay in relays]
+    assert await all_at_once(url, "LOCK TABLE keys IN SHARE MODE", *revoked) == [True] * 4
+    assert await count(relays[0], "audit") == 1
+
+
+async def test_of_relays_that_are_asked_for_the_same_key_at_once_one_makes_it(
+    relays: Sequence[Store], url: str
+):
+    wishes = [a_key() for _ in relays]
+    entries = [Entry(TENANT, NOW, "cli", "key.created", key.id) for key in wishes]
+    made = await all_at_once(
+        url,
+        "LOCK TABLE idempotency_keys IN SHARE MODE",
+        *(
+            relay.keys.create(key, KEY, entry=entry)
+            for relay, key, entry in zip(relays, wishes, entries, strict=True)
+        ),
+    )
+    [key] = await relays[0].keys.all(None)
+    assert made == [key] * 4
+    assert await rows(relays[0], "SELECT object FROM audit") == [{"object": key.id}]
+
+
+async def test_relays_that_write_down_the_uses_of_the_same_keys_at_once_keep_the_latest(
+    relays: Sequence[Store], url: str
+):
+    ids = [(await relays[0].keys.create(a_key())).id for _ in range(20)]
+    uses = [
+        relay.keys.used({id_: NOW + number for id_ in ids[:: (-1) ** number]})
+        for number, relay in enumerate(relays)
+    ]
+    assert await all_at_once(url, "LOCK TABLE keys IN SHARE MODE", *uses) == [None] * 4
+    assert {key.last_used_at for key in await relays[0].keys.all(None)} == {NOW + 3}
 
 
 # The first start.

@@ -18,9 +18,11 @@ from relay.generation import Generation, LearnedBy, Output, Update
 from relay.generation import Status as Is
 from relay.hints import Turns, pause
 from relay.ids import new_id
+from relay.key import Key, Scope
 from relay.prune import prune
 from relay.schedule import CALLED, LEAST_RATE, Ask, Asked
 from relay.store import Store, open_database, store_on
+from relay.store.audit import Entry, note
 from relay.store.events import Change, Handoff, Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
 from relay.store.idempotency import Idempotency
@@ -430,6 +432,96 @@ async def test_what_is_wrong_with_one_row_is_no_general_failure(store: Store, ch
 async def test_a_tenant_keeps_its_first_secret(store: Store):
     await store.tenants.found(TENANT, "another", now=NOW)
     assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
+
+
+# Keys.
+
+
+def a_key(*, at: int = NOW, **changes: Any) -> Key:
+    made = Key(new_id("key", at), TENANT, None, (Scope.READ, Scope.REPLAY), "hash", at)
+    return replace(made, **changes)
+
+
+async def test_a_key_comes_back_as_it_was_made(store: Store):
+    whole = {"name": "n", "expires_at": NOW + 1, "revoked_at": NOW, "last_used_at": NOW, "rate_limit": 0.5}
+    for made in (a_key(), a_key(**whole), a_key(scopes=tuple(Scope))):
+        assert await store.keys.create(made) == made
+        assert await store.keys.find(made.id) == made == await store.keys.get(TENANT, made.id)
+        assert await store.keys.get("another tenant", made.id) is None
+    assert await store.keys.find("key_unknown") is None
+
+
+async def test_keys_are_listed_by_tenant_newest_first(store: Store):
+    mine = [await store.keys.create(a_key(at=NOW + n)) for n in range(5)]
+    other = await store.keys.create(a_key(tenant="another tenant"))
+    assert await store.keys.page(TENANT, limit=3, cursor=None) == mine[:1:-1]
+    assert await store.keys.page(TENANT, limit=9, cursor=mine[2].id) == mine[1::-1]
+    assert await store.keys.page("another tenant", limit=9, cursor=None) == [other]
+    assert await store.keys.all(TENANT) == mine[::-1]
+    assert set(await store.keys.all(None)) == {*mine, other}
+
+
+async def test_only_its_tenant_revokes_a_key_and_the_first_time_counts(store: Store):
+    made = await store.keys.create(a_key())
+    entry = Entry(TENANT, NOW, "cli", "key.revoked", made.id)
+    assert not await store.keys.revoke("another tenant", made.id, now=NOW, entry=entry)
+    assert not await store.keys.revoke(TENANT, "key_unknown", now=NOW, entry=entry)
+    assert await store.audit.page(TENANT, {}, limit=9, cursor=None) == []
+    for now in (NOW + 1, NOW + 2):
+        assert await store.keys.revoke(TENANT, made.id, now=now, entry=entry)
+    assert await store.keys.find(made.id) == replace(made, revoked_at=NOW + 1)
+    assert [one.entry for one in await store.audit.page(TENANT, {}, limit=9, cursor=None)] == [entry]
+
+
+async def test_when_a_key_was_used_only_goes_forward(store: Store):
+    one, other, unused = [await store.keys.create(a_key()) for _ in range(3)]
+    await store.keys.used({one.id: NOW + 5, other.id: NOW + 1, "key_unknown": NOW})
+    await store.keys.used({one.id: NOW + 4, other.id: NOW + 2})
+    found = [await store.keys.find(key.id) for key in (one, other, unused)]
+    assert [key.last_used_at for key in found] == [NOW + 5, NOW + 2, None]
+
+
+async def test_the_first_key_is_the_first_of_all_tenants(store: Store):
+    assert not await store.keys.any()
+    await store.keys.create(a_key(tenant="another tenant"))
+    assert await store.keys.any()
+    assert not await store.keys.create_first(a_key())
+    assert await store.keys.all(TENANT) == []
+
+
+# The audit log.
+
+
+async def test_an_entry_comes_back_as_it_was_written_and_to_its_tenant_only(store: Store):
+    entries = [
+        Entry(TENANT, NOW, "cli", "key.created", "key_1"),
+        Entry(TENANT, NOW + 1, "key_1", "endpoint.changed", "ep_1", "2001:db8::1", ("metadata", "url")),
+        Entry("another tenant", NOW + 2, "cli", "key.created", "key_2", "address"),
+    ]
+    for entry in entries:
+        await store.audit.add(replace(entry, fields=entry.fields[::-1]))
+    found = await store.audit.page(TENANT, {}, limit=9, cursor=None)
+    assert [one.entry for one in found] == entries[1::-1]
+    [other] = await store.audit.page("another tenant", {}, limit=9, cursor=None)
+    assert other.entry == entries[2]
+
+
+async def test_an_entry_is_rolled_back_with_what_it_tells_of(store: Store):
+    entry = Entry(TENANT, NOW, "cli", "key.created", "key_1")
+    with pytest.raises(KeyError):
+        async with store.database.write() as tx:
+            await note(tx, entry)
+            raise KeyError
+    await store.database.probe()
+    assert await store.audit.page(TENANT, {}, limit=9, cursor=None) == []
+
+
+async def test_the_audit_log_is_removed_with_its_age(store: Store):
+    for age in (366, 365, 364, 0):
+        await store.audit.add(Entry(TENANT, NOW - age * DAY, "cli", "key.created", f"key_{age}"))
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW)
+    left = await store.audit.page(TENANT, {}, limit=9, cursor=None)
+    assert [one.entry.object for one in left] == ["key_0", "key_364", "key_365"]
 
 
 # Endpoints.
