@@ -5,7 +5,7 @@ BIN := .venv/bin
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check bench bench-polling lock image clean
+.PHONY: help install demo test test-all check audit bench bench-polling lock image clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 12
@@ -15,11 +15,11 @@ install: .venv/.installed  ## Install Relay and what it needs, as locked
 demo: install  ## Watch Relay at work: simulated providers, a verifying subscriber, no key
 	@$(BIN)/relay demo
 
-test: .venv/.installed-dev tests/javascript/node_modules  ## Install what the tests need, and run all of them
+test: .venv/.installed-dev tests/verifiers/javascript/node_modules  ## Install what the tests need, and run all of them
 	$(BIN)/pytest -n 2 --dist loadgroup $(TESTS)
 
 # RELAY_THOROUGH: whole fleets are killed, restarted, hung and robbed of their database far more often.
-test-all: .venv/.installed-dev tests/javascript/node_modules  ## Run all of them with many more examples each
+test-all: .venv/.installed-dev tests/verifiers/javascript/node_modules  ## The same with many more examples each and in more languages
 	RELAY_REQUIRE_ALL_TESTS=1 RELAY_THOROUGH=1 $(BIN)/pytest -n 2 --dist loadgroup --hypothesis-profile thorough $(TESTS)
 
 check: .venv/.installed-dev  ## Lint, types and import rules
@@ -27,6 +27,10 @@ check: .venv/.installed-dev  ## Lint, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Needs the network. What the service does not know counts as a finding: no answer is no clean bill.
+audit: .venv/.installed-dev  ## Look for known vulnerabilities in what the lock files name
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements-dev.lock
 
 bench: .venv/.installed-dev  ## Measure: how fast, how soon, how fair, on both databases (about half an hour)
 	$(BIN)/python -m bench.delivery --json bench/results.json
@@ -46,7 +50,7 @@ image:  ## Build the container image
 	docker build -t relay .
 
 clean:  ## Remove what was installed
-	rm -rf .venv tests/javascript/node_modules
+	rm -rf .venv tests/verifiers/javascript/node_modules
 
 # The index is asked for exactly these files: a package that was changed meanwhile is refused.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -66,7 +70,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 	$(PIP_INSTALL) --require-hashes -r requirements-dev.lock
 	@touch $@
 
-# Verifying in JavaScript needs Node.js; without it those tests say so and are skipped.
-tests/javascript/node_modules: tests/javascript/package-lock.json
-	@if command -v npm >/dev/null; then npm ci --loglevel=error --no-audit --no-fund --prefix tests/javascript && touch $@; \
+# Verifying in JavaScript needs Node.js; without it those tests say so and are skipped. The other languages' tools
+# are asked for by the tests themselves (tests/test_verifiers.py).
+tests/verifiers/javascript/node_modules: tests/verifiers/javascript/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --loglevel=error --no-audit --no-fund --prefix tests/verifiers/javascript && touch $@; \
 	else echo "no npm here: the JavaScript tests will be skipped (apt-get install nodejs npm)"; fi

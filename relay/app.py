@@ -32,7 +32,7 @@ from relay.prune import prune
 from relay.renew import Renewer
 from relay.roster import Roster
 from relay.sender import Sender
-from relay.server import Server, bind, origin
+from relay.server import Server, bind, origin, use_all_files
 from relay.shard import Held
 from relay.store import Store, open_database, store_on
 from relay.store.audit import Entry
@@ -44,6 +44,7 @@ from relay.web import inbound, ops
 from relay.web.api import REPLAYS_A_SECOND, REPLAYS_AT_ONCE, TESTS_A_MINUTE
 from relay.web.auth import Gate
 from relay.web.context import Relay, State
+from relay.web.headers import SecurityHeaders
 from relay.web.operations import OPERATIONS
 from relay.web.problem import HANDLERS
 
@@ -83,11 +84,12 @@ def build(
         async with running(settings, now=now, show_key=show_key) as relay:
             yield {"relay": relay}
 
-    return _web(lifespan)
+    return _web(settings, lifespan)
 
 
 async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is in flight. Raises ConfigError."""
+    use_all_files()
     bound = bind(settings.host, settings.port)
     async with running(settings, now=wall_clock, show_key=show_key) as relay:
 
@@ -95,7 +97,11 @@ async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
         async def lifespan(app: Starlette) -> AsyncIterator[State]:
             yield {"relay": relay}
 
-        server = Server(_web(lifespan), grace=settings.delivery.timeout / 1000)
+        server = Server(
+            _web(settings, lifespan),
+            grace=settings.delivery.timeout / 1000,
+            trusted_proxies=settings.network.trusted_proxies,
+        )
 
         def wind_down() -> None:
             relay.ingest.stop_waiting()
@@ -111,12 +117,17 @@ async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
     log.info("relay.stopped")
 
 
-def _web(lifespan: Callable[[Starlette], AbstractAsyncContextManager[State]]) -> Starlette:
+def _web(
+    settings: Settings, lifespan: Callable[[Starlette], AbstractAsyncContextManager[State]]
+) -> Starlette:
     # Routes are tried in this order: those that are called most come first.
     posts_first = sorted(OPERATIONS, key=lambda one: (one.method != "POST", not one.creates))
-    routes = [*(one.route() for one in posts_first), *inbound.ROUTES, *ops.routes(OPERATIONS)]
+    routes = [*(one.route() for one in posts_first), *inbound.routes(), *ops.routes(OPERATIONS)]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
+    # Outside of everything, also of what answers when something has crashed.
+    is_https = settings.origin.startswith("https://")
+    app.middleware_stack = SecurityHeaders(app.build_middleware_stack(), https=is_https)
     return app
 
 
@@ -262,7 +273,7 @@ def _assemble(
         settings=settings,
         store=store,
         accounts=roster,
-        callbacks=Callbacks(settings.origin, settings.secret_key),
+        callbacks=Callbacks(settings.origin, settings.secret_keys),
         ingest=ingest,
         asker=asker,
         poller=poller,

@@ -111,6 +111,7 @@ class NetworkSettings(_Section):
     allow: tuple[IPvAnyNetwork, ...] = ()
     allow_http: bool = False
     proxy: str | None = Field(default=None, pattern=r"^https?://")
+    trusted_proxies: tuple[IPvAnyNetwork, ...] = ()
 
 
 class RetentionSettings(_Section):

@@ -11,6 +11,7 @@
   │  ├─ NotFound 404          unknown, or another tenant's
     │  ├─ Conflict 409          the state of the thing does not allow it
     │  ├─ TooLarge 413          over a limit
+    │  ├─ Unsupported 415       a body in a form that is not taken
     │  ├─ Invalid 422           well-formed but wrong: names each field
     │  └─ Limited 429           too much for now: carries when to come back
     ├─ ProviderError            a provider could not be asked, or its answer could not be read
@@ -84,6 +85,11 @@ class Conflict(Refused):
 class TooLarge(Refused):
     status = 413
     title = "Too large"
+
+
+class Unsupported(Refused):
+    status = 415
+    title = "Unsupported"
 
 
 class Invalid(Refused):

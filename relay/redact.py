@@ -7,27 +7,26 @@ from typing import Any
 BLOT = "[redacted]"
 # A shorter one would blot out half of every text.
 _SHORTEST = 6
+_URL_CHARACTERS = "[A-Za-z0-9._~/%-]*"
 
 
 def redact(value: Any, secrets: Sequence[str], *, capability: str) -> Any:
     """The JSON value without `secrets`, and without what follows the URL prefix `capability`."""
-    if isinstance(value, str):
-        for secret in secrets:
-            if len(secret) >= _SHORTEST:
+    blotted = [secret for secret in secrets if len(secret) >= _SHORTEST]
+    urls = re.compile(re.escape(capability) + _URL_CHARACTERS)
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            for secret in blotted:
                 value = value.replace(secret, BLOT)
-        head, found, tail = value.partition(capability)
-        if found:
-            rest = tail.lstrip(_URL_CHARACTERS)
-            value = head + found + BLOT + redact(rest, (), capability=capability)
+            return urls.sub(lambda found: capability + BLOT, value) if capability in value else value
+        if isinstance(value, list):
+            return [clean(one) for one in value]
+        if isinstance(value, Mapping):
+            return {clean(name): clean(one) for name, one in value.items()}
         return value
-    if isinstance(value, Mapping):
-        return {
-            redact(name, secrets, capability=capability): redact(one, secrets, capability=capability)
-            for name, one in value.items()
-        }
-    if isinstance(value, list):
-        return [redact(one, secrets, capability=capability) for one in value]
-    return value
+
+    return clean(value)
 
 
 def without_password(url: str) -> str:
@@ -35,6 +34,3 @@ def without_password(url: str) -> str:
     # Up to the last @: whoever forgot to quote a password meant all of it.
     url = re.sub(r"(://[^:/?#@]*):.*@", r"\1@", url, flags=re.DOTALL)
     return re.sub(r"(?i)([?&][^=&]*pass[^=&]*)=[^&]*", rf"\1={BLOT}", url)
-
-
-_URL_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/%"

@@ -27,7 +27,7 @@ from tests.postgres import (
     pgbouncer,
     running_cluster,
 )
-from tests.serving import Subscriber, listener, origin_of, serving
+from tests.serving import Subscriber, all_the_world, listener, origin_of, serving
 
 # How long an example takes is the machine's affair.
 hypothesis_settings.register_profile("relaxed", deadline=None)
@@ -137,6 +137,15 @@ class World:
     async def member(self, relay: RunningRelay, *scopes: str, **fields: Any) -> httpx.AsyncClient:
         """Who has a new key with these scopes."""
         return await self.client(relay, (await self.key(relay, *scopes, **fields))["key"])
+
+    @asynccontextmanager
+    async def confined(self, **changes: Any) -> AsyncIterator[RunningRelay]:
+        """A relay whose every way out leads to the simulated providers, or else to the subscriber."""
+        proxy = all_the_world({self.simulator_origin: self.simulator.app}, self.subscriber.app)
+        async with serving(proxy) as origin:
+            network = {"allow": ["127.0.0.0/8"], "allow_http": True, "proxy": origin}
+            async with self.running(network=network, **changes) as relay:
+                yield relay
 
     async def endpoint(self, relay: RunningRelay, path: str = "/", **fields: Any) -> dict[str, Any]:
         """Registers the subscriber, at one of its paths."""

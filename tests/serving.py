@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,12 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from relay.server import bind, serving
 from relay.server import origin as origin_of
 
-__all__ = ["Received", "Subscriber", "listener", "origin_of", "serving", "until"]
+__all__ = ["Received", "Subscriber", "all_the_world", "listener", "origin_of", "serving", "until"]
 
 
 async def until(true: Callable[[], bool], *, timeout: float = 15) -> None:
@@ -30,6 +30,18 @@ async def until(true: Callable[[], bool], *, timeout: float = 15) -> None:
 def listener() -> socket.socket:
     """A socket on a free port of loopback, before anything is served on it."""
     return bind("127.0.0.1", 0)
+
+
+def all_the_world(known: Mapping[str, ASGIApp], otherwise: ASGIApp) -> ASGIApp:
+    """A proxy that stands for every host there is: whatever URL is made up, nothing leaves this machine.
+    `known` are applications by their origins."""
+    hosts = {origin.partition("://")[2]: app for origin, app in known.items()}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+        await hosts.get(host, otherwise)(scope, receive, send)
+
+    return app
 
 
 @dataclass

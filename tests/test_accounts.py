@@ -3,9 +3,11 @@
 import asyncio
 import hmac
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -704,27 +706,63 @@ async def test_a_credential_is_in_no_answer_event_error_or_log(
         assert [text for text in texts if secret in text] == []
 
 
-async def test_what_a_tenant_calls_its_provider_cannot_be_inside_nor_spoil_the_clock(world: World):
-    late = {"date": "Mon, 01 Jan 2001 00:00:00 GMT"}
-
-    def answer(request: Request) -> Any:
-        return JSONResponse({"state": "queued"}, headers=late)
-
-    async with provider_answering(answer) as origin:
-        document = without_accounts(world, network={"allow": ["127.0.0.0/8"]})
-        relay = await world.relay(**{name: document[name] for name in ("accounts", "network")})
-        body = {"name": "luma", "provider": "luma", "api_key": KEY, "base_url": f"{origin}/v1"}
-        await relay.api.post("/v1/accounts", json=body)
-        made = (await relay.api.post("/v1/generations", json={"account": "luma", "job_id": "j"})).json()
-        for _ in range(3):
-            shown = (await relay.api.post(f"/v1/generations/{made['id']}/refresh")).json()
-            assert shown["last_error"] is None
-        assert (await relay.api.get("/readyz")).json()["checks"]["clock"] == "ok"
-        body = {**body, "name": "inside", "base_url": "https://169.254.169.254/latest"}
+async def test_what_a_tenant_calls_its_provider_cannot_be_inside(world: World):
+    relay = await world.relay(accounts={}, network={"allow": []})
+    for base_url in ("https://169.254.169.254/latest", "https://localhost/v1"):
+        body = {"name": f"luma-{len(base_url)}", "provider": "luma", "api_key": KEY, "base_url": base_url}
         assert (await relay.api.post("/v1/accounts", json=body)).status_code == 201
-        made = (await relay.api.post("/v1/generations", json={"account": "inside", "job_id": "j"})).json()
+        made = await relay.api.post("/v1/generations", json={"account": body["name"], "job_id": "j"})
+        shown = await relay.api.post(f"/v1/generations/{made.json()['id']}/refresh")
+        assert shown.json()["last_error"].startswith("unreachable"), base_url
+    refused = await relay.api.post("/v1/accounts", json={**body, "base_url": "http://127.0.0.1:1/v1"})
+    assert refused.status_code == 422
+
+
+@asynccontextmanager
+async def from_another_time() -> AsyncIterator[str]:
+    """The origin of a provider whose clock is wrong by years."""
+    body = b'{"state": "queued"}'
+    head = f"HTTP/1.1 200 OK\r\ndate: Mon, 01 Jan 2001 00:00:00 GMT\r\ncontent-length: {len(body)}\r\n\r\n"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head.encode() + body)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.parametrize("is_configured", [False, True])
+async def test_only_the_operators_providers_tell_the_time(world: World, is_configured: bool):
+    async with from_another_time() as origin:
+        account = {"provider": "luma", "api_key": KEY, "base_url": f"{origin}/v1"}
+        relay = await world.relay(accounts={"luma": account} if is_configured else {})
+        if not is_configured:
+            added = await relay.api.post("/v1/accounts", json={"name": "luma", **account})
+            assert added.status_code == 201
+        made = (await relay.api.post("/v1/generations", json={"account": "luma", "job_id": "j"})).json()
         shown = (await relay.api.post(f"/v1/generations/{made['id']}/refresh")).json()
-        assert shown["last_error"].startswith("unreachable")
+        assert shown["last_error"] is None
+        # A tenant could have all relays taken out of service.
+        assert (await relay.api.get("/readyz")).status_code == (503 if is_configured else 200)
+
+
+async def test_who_has_an_account_no_more_cannot_use_it_but_what_is_watched_goes_on(world: World):
+    luma = {**world.document()["accounts"]["luma"], "poll_interval": "1h"}
+    async with world.running(accounts={"luma": {**luma, "tenants": ["acme"]}}) as relay:
+        acme = await tenant(world, relay, "acme")
+        job = world.simulator.submit("luma", duration=0)
+        made = await acme.watch_job("luma", job, timeout_seconds=86_400)
+        key = acme.api.headers["authorization"]
+    async with world.running(accounts={"luma": luma}) as relay:
+        relay.api.headers["authorization"] = key
+        refused = await relay.api.post(f"/v1/generations/{made['id']}/refresh")
+        assert (refused.status_code, world.simulator.requests) == (409, [])
+        world.clock.forward(seconds=3700)
+        await relay.eventually(f"/v1/generations/{made['id']}", lambda one: one["status"] == "completed")
 
 
 async def test_an_account_that_cannot_be_used_any_more_harms_no_other(world: World):
@@ -741,5 +779,29 @@ async def test_an_account_that_cannot_be_used_any_more_harms_no_other(world: Wor
         assert await acme.names() == ["luma"]
         generation = await acme.watch(duration=0)
         await acme.eventually(f"/v1/generations/{generation['id']}", lambda one: one["status"] == "completed")
+        still = await acme.api.patch("/v1/accounts/vivix", json={"requests_per_day": 5})
+        assert (still.status_code, [one["field"] for one in still.json()["errors"]]) == (422, ["base_url"])
         world.clock.forward(seconds=31)
         await acme.eventually(f"/v1/generations/{stranded['id']}", lambda one: one["status"] == "timed_out")
+        # It can be made good, and be deleted.
+        mended = {"base_url": None, "api_key": "another-0123456789"}
+        assert (await acme.api.patch("/v1/accounts/vivix", json=mended)).status_code == 200
+        assert await acme.names() == ["luma", "vivix"]
+        assert (await acme.api.delete("/v1/accounts/vivix")).status_code == 204
+
+
+async def test_what_somebody_writes_into_the_database_imports_nothing(world: World, tmp_path: Path):
+    (tmp_path / "intruder_of_the_tests.py").write_text("raise SystemExit('imported')")
+    async with world.running(accounts={}) as relay:
+        acme = await tenant(world, relay, "acme")
+        await acme.add()
+        key = acme.api.headers["authorization"]
+    with closing(sqlite3.connect(world.directory / "relay.db")) as database:
+        database.execute("UPDATE credentials SET provider = 'intruder_of_the_tests:Intruder'")
+        database.commit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        async with world.running(accounts={}) as relay:
+            relay.api.headers["authorization"] = key
+            assert (await relay.api.get("/v1/accounts")).json()["data"] == []
+            assert (await relay.api.delete("/v1/accounts/luma")).status_code == 204

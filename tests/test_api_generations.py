@@ -165,6 +165,7 @@ async def test_a_patch_names_the_job_once_and_describes_as_often_as_wished(world
     ):
         answer = await relay.api.patch(path, json=body)
         assert (answer.status_code, named(answer)) == (422, [field])
+    assert (await relay.api.patch(path)).status_code == 400
     conflict = await relay.api.patch(path, json={"job_id": taken["job_id"], "metadata": {"a": 1}})
     assert conflict.status_code == 409
     unchanged = (await relay.api.get(path)).json()

@@ -40,9 +40,9 @@ async def refresh(relay: RunningRelay, generation: dict[str, Any]) -> httpx.Resp
 
 
 async def shown(relay: RunningRelay, name: str) -> dict[str, Any]:
-    """The account as this relay tells of it."""
+    """The account as this relay tells of it, but for where it is called back: that differs between these."""
     listed = (await relay.api.get("/v1/accounts")).json()["data"]
-    return next(dict(one) for one in listed if one["name"] == name)
+    return next({**one, "webhook_url": None} for one in listed if one["name"] == name)
 
 
 async def all_tell(fleet: Fleet, name: str, true: Callable[[dict[str, Any]], bool], timeout: float) -> None:

@@ -332,7 +332,7 @@ async def test_an_unknown_status_is_warned_of_once_and_ends_at_the_deadline(
     relay = await world.relay()
     await world.endpoint(relay)
     # The progress of PixelLabs goes on: that is news, but it is not again a word that nobody knows.
-    plan = {"duration": 2, "status": "hibernating"}
+    plan = {"duration": 30, "status": "hibernating"}
     watched = {provider: await world.watch(relay, provider, **plan) for provider in PROVIDERS}
     with caplog.at_level(logging.WARNING, logger="relay"):
         await until(lambda: all(len(asks(world, one["job_id"])) >= 5 for one in watched.values()))
@@ -650,7 +650,7 @@ async def test_what_others_drew_from_an_account_is_counted_and_survives_a_restar
 
     async with world.running() as relay:
         await used(relay, 0)
-        database = sqlite3.connect(world.directory / "relay.db")
+        database = sqlite3.connect(world.directory / "relay.db", timeout=30)
         with database:
             database.execute("UPDATE accounts SET lent = lent - 7 WHERE name = 'luma'")
         database.close()

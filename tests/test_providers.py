@@ -9,17 +9,14 @@
 """
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
-from relay import event
 from relay.errors import ProviderError
-from relay.generation import Generation, LearnedBy, Status, Update
+from relay.generation import Update
 from relay.providers import PROVIDERS, Account, Reply, load, understand
 from relay.times import parse_rfc3339, rfc3339
 
@@ -155,95 +152,3 @@ def test_nothing_is_taken_as_signed_by_a_provider_that_does_not_sign(name):
     provider = load(name)
     assert not provider.signs
     assert not provider.signed({"x-vivix-signature": SIGNATURE}, SIGNED, ["secret"])
-
-
-# What providers could say at their oddest: their own field names with anything in them.
-WORDS = [
-    "queued", "pending", "processing", "in-progress", "completed", "failed", "dreaming", "",
-    "https://a.test/1.png", "https://[", "data:image/png;base64,AA", "2026-06-01T12:00:00Z",
-    "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59.999999Z", "9999-12-31T23:59:59-23:59",
-    "5000", "1e400", "nan", "-1", "١٢", "\ud800",
-]  # fmt: skip
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.sampled_from(WORDS)
-    | st.text(max_size=8)
-    | st.integers()
-    | st.sampled_from([10**400, -(2**63), 2**53, 2**53 - 1])
-    | st.floats(allow_nan=False)  # infinity is written as 1e999, which is JSON
-)
-FIELDS = (
-    "status state success data type model metadata output output_url output_urls url videoURL imageUrl"
-    " arweaveUrl width height duration duration_ms progress renderProgress aiCreditsUsed credits_used error"
-    " message error_code error_message failure_code failure_reason detail created_at createdAt completed_at"
-    " completedAt elapsed_ms estimatedTime"
-)
-NAMES = st.sampled_from(FIELDS.split())
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.text(max_size=3), inner, max_size=4)
-    ),
-    max_leaves=8,
-)
-OBJECTS = st.dictionaries(NAMES, VALUES, max_size=12) | st.builds(
-    lambda outer, data, status, state: {"status": status, "state": state, "data": data, **outer},
-    st.dictionaries(NAMES, VALUES, max_size=8),
-    st.dictionaries(NAMES, VALUES, max_size=8),
-    *[st.sampled_from(["completed", "failed", "processing"])] * 2,
-)
-BODIES = st.binary(max_size=40) | (OBJECTS | VALUES).map(
-    lambda value: json.dumps(value).replace("Infinity", "1e999").encode()
-)
-HEADERS = st.dictionaries(
-    st.just("retry-after"),
-    st.text(max_size=12)
-    | st.integers().map(str)
-    | st.from_regex(r"Mon, 01 Jun \d{1,25} 12:00:00 [+-]\d{1,25}"),
-)
-WATCHED = Generation(
-    id="gen_1", tenant="t", account="a", provider="p", job_id="j", status=Status.QUEUED,
-    created_at=NOW, deadline_at=NOW + 600_000, due_at=NOW,
-)  # fmt: skip
-
-
-def reject(constant: str):
-    raise AssertionError(f"{constant} is not JSON")
-
-
-def with_date(field: str, value: str) -> bytes:
-    return json.dumps({"status": "processing", "state": "processing", field: value}).encode()
-
-
-@settings(max_examples=300, deadline=None)
-@given(name=st.sampled_from(sorted(PROVIDERS)), status=st.integers(100, 999), body=BODIES, headers=HEADERS)
-@example(name="luma", status=200, body=b'{"state": "queued", "x": 1e999}', headers={})
-@example(name="luma", status=200, body=with_date("created_at", "0001-01-01T00:00:00+23:59"), headers={})
-@example(name="vivix", status=200, body=with_date("completed_at", "9999-12-31T23:59:59-23:59"), headers={})
-@example(name="luma", status=503, body=b"", headers={"retry-after": f"Mon, 01 Jun {10**20} 12:00:00 GMT"})
-def test_any_reply_is_an_update_that_can_be_announced_or_a_provider_error(name, status, body, headers):
-    check(name, status, body, headers)
-
-
-@settings(max_examples=700, deadline=None)
-@given(name=st.sampled_from(sorted(PROVIDERS)), answer=OBJECTS)
-def test_any_object_is_an_update_that_can_be_announced_or_a_provider_error(name, answer):
-    check(name, 200, json.dumps(answer).replace("Infinity", "1e999").encode(), {})
-
-
-def check(name: str, status: int, body: bytes, headers: dict[str, str]) -> None:
-    try:
-        update = understand(load(name), Reply(status, body, headers), now=NOW)
-    except ProviderError as error:
-        assert error.retry_after is None or error.retry_after >= 0
-        return
-    assert isinstance(update, Update)
-    ended = replace(
-        WATCHED, status=Status.FAILED, update=update, known_at=NOW, learned_by=LearnedBy.POLL, due_at=None
-    )
-    for generation in (ended, replace(WATCHED, update=update)):
-        announced = event.envelope("generation.failed", rfc3339(NOW), event.describe(generation))
-        data = json.loads(announced.decode("utf-8"), parse_constant=reject)["data"]
-        assert data["progress"] is None or 0 <= data["progress"] <= 1
-        assert data["kind"] in {"image", "video", "audio", "3d", "text", None}

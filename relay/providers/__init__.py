@@ -32,6 +32,8 @@ PROVIDERS = {
 # What a status says of a request; any other says that the provider is out of order.
 # Only what Python itself knows: the tables of machines differ.
 _TYPES = mimetypes.MimeTypes(filenames=())
+# A job that has more is announced with the first of them; `raw` has them all.
+MOST_OUTPUTS = 1000
 KINDS = frozenset({"image", "video", "audio", "3d", "text"})
 # A credential of so many characters may show its last four.
 LONG_ENOUGH = 20
@@ -274,7 +276,7 @@ def output(
     expires_at: int | None = None,
     permanent_url: Any = None,
 ) -> tuple[Output, ...]:
-    """The output at a URL, as a tuple to add up; empty when there is no URL.
+    """The output at a URL, as a tuple to add up (MOST_OUTPUTS at most); empty when there is no URL.
 
     What the provider does not say about its kind and type, the file extension does; what it does not say
     about its end, the URL's own signature does.

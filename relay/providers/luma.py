@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from relay.generation import Code, Output, Problem, Status, Update
-from relay.providers import KINDS, Provider, output, text
+from relay.providers import KINDS, MOST_OUTPUTS, Provider, output, text
 from relay.schedule import Pace
 from relay.times import parse_rfc3339
 
@@ -42,7 +42,7 @@ class Luma(Provider):
 def _outputs(given: Any, now: int) -> tuple[Output, ...]:
     return tuple(
         one
-        for item in (given if isinstance(given, list) else ())
+        for item in (given[:MOST_OUTPUTS] if isinstance(given, list) else ())
         if isinstance(item, dict)
         for one in output(item.get("url"), kind=text(item.get("type")), expires_at=now + OUTPUT_LIFETIME)
     )

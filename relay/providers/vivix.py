@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relay.generation import Code, Output, Problem, Status, Update
-from relay.providers import Provider, number, output, text, whole
+from relay.providers import MOST_OUTPUTS, Provider, number, output, text, whole
 from relay.schedule import Pace
 from relay.times import parse_rfc3339
 
@@ -60,7 +60,8 @@ class Vivix(Provider):
 def _outputs(answer: Mapping[str, Any]) -> tuple[Output, ...]:
     """`output_urls` is the full set; `output_url` alone is its first."""
     urls = answer.get("output_urls")
-    found = tuple(one for url in (urls if isinstance(urls, list) else ()) for one in output(url))
+    given = urls[:MOST_OUTPUTS] if isinstance(urls, list) else ()
+    found = tuple(one for url in given for one in output(url))
     return found or output(answer.get("output_url"))
 
 

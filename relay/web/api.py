@@ -12,7 +12,7 @@ import httpx
 from relay import account as accounts
 from relay import event, signature
 from relay.endpoint import Endpoint, Secret, canonical_url
-from relay.errors import Conflict, FieldError, Forbidden, Invalid, Limited, NotFound
+from relay.errors import Conflict, FieldError, Forbidden, Invalid, Limited, NotFound, Refused
 from relay.event import Event
 from relay.generation import Generation, Status
 from relay.ids import new_id
@@ -368,30 +368,32 @@ async def get_account(call: Call[None, None]) -> Result:
 
 
 async def change_account(call: Call[r.AccountChange, None]) -> Result:
-    relay, account = call.relay, await _own_account(call)
+    relay, name = call.relay, _own_account(call)
     changes = _settings(relay, call.body.model_dump(exclude_unset=True))
 
     def changed(before: Credential) -> Credential:
         after = replace(before, **changes)
+        if after.base_url is not None:
+            _url(relay, "base_url", after.base_url)
         if "api_key" not in changes and _host(before) != _host(after):
             problem = "is required with a base_url at another host: the one that is stored goes nowhere else"
             raise Invalid(FieldError("api_key", problem))
         return after
 
-    entry = call.entry("account.changed", account.shown, fields=sorted(call.body.model_fields_set))
-    is_there = await relay.store.credentials.change(account.name, changed, now=relay.now(), entry=entry)
-    found = await _changed_account(relay, account.name) if is_there else None
+    entry = call.entry("account.changed", call.path["name"], fields=sorted(call.body.model_fields_set))
+    is_there = await relay.store.credentials.change(name, changed, now=relay.now(), entry=entry)
+    found = await _changed_account(relay, name) if is_there else None
     if found is None:
-        raise NotFound(f"no account {account.shown}")
+        raise _no_own_account(call)
     return Result(200, _account(relay, found, call.tenant))
 
 
 async def delete_account(call: Call[None, None]) -> Result:
-    relay, account = call.relay, await _own_account(call)
-    entry = call.entry("account.deleted", account.shown)
-    if not await relay.store.credentials.delete(account.name, entry=entry):
-        raise NotFound(f"no account {account.shown}")
-    await _changed_account(relay, account.name)
+    relay, name = call.relay, _own_account(call)
+    entry = call.entry("account.deleted", call.path["name"])
+    if not await relay.store.credentials.delete(name, entry=entry):
+        raise _no_own_account(call)
+    await _changed_account(relay, name)
     return Result(204)
 
 
@@ -491,17 +493,22 @@ async def _known_accounts(call: Call[Any, Any], names: Sequence[str] | None) -> 
     return names or ()
 
 
-async def _own_account(call: Call[Any, Any]) -> Account:
-    """The account that a tenant has added itself. Raises NotFound without one, Conflict for another one."""
+def _own_account(call: Call[Any, Any]) -> str:
+    """What Relay calls the account of this name that a tenant may have added. Raises NotFound for no name."""
+    if not accounts.is_name(call.path["name"]):
+        raise _no_own_account(call)
+    return accounts.inner(call.tenant, call.path["name"])
+
+
+def _no_own_account(call: Call[Any, Any]) -> Refused:
+    """Why there is nothing to change or delete."""
     name = call.path["name"]
-    found = await call.relay.accounts.find(call.tenant, name)
-    if found is None:
-        raise NotFound(f"no account {name}")
-    if found.owner is None:
-        raise Conflict(
-            f"account {name!r} is in the relay's configuration file (accounts.{name}): change it there"
-        )
-    return found
+    seen = call.relay.accounts.of(call.tenant).get(name)
+    if seen is None or seen.owner is not None:
+        return NotFound(f"no account {name}")
+    return Conflict(
+        f"account {name!r} is in the relay's configuration file (accounts.{name}): change it there"
+    )
 
 
 async def _changed_account(relay: Relay, name: str) -> Account | None:

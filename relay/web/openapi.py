@@ -8,6 +8,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from relay import __version__
+from relay.body import DEPTH, DIGITS
 from relay.event import (
     DISABLED,
     ENDINGS,
@@ -48,6 +49,7 @@ _REFUSALS = {
     401: "No key, or one that is unknown, expired or revoked",
     403: "The key lacks the scope",
     413: f"The body is larger than {LARGEST_BODY} bytes",
+    415: "The body has a Content-Encoding",
     422: "Well-formed but invalid: `errors` names each field",
     429: "The key is used more often than its rate_limit allows: see Retry-After",
     503: "Storage cannot accept: nothing was changed, try again after Retry-After",
@@ -154,7 +156,9 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
         "info": {
             "title": "Relay",
             "version": __version__,
-            "description": "A self-hosted webhook relay and notifier for AI generation jobs.",
+            "description": "A self-hosted webhook relay and notifier for AI generation jobs. Bodies are JSON"
+            f" in UTF-8 without a Content-Encoding, at most {LARGEST_BODY} bytes and {DEPTH} levels deep; an"
+            f" integer has at most {DIGITS} digits; of members with the same name the last one counts.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "security": [{"key": []}],
@@ -240,7 +244,9 @@ def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _hook_refusals(own: Mapping[int, str]) -> dict[str, Any]:
     problem = {"application/problem+json": {"schema": {"$ref": _REF.format(model="Problem")}}}
-    meanings = {400: "The body did not arrive", **{status: _REFUSALS[status] for status in (413, 503)}, **own}
+    always = {status: _REFUSALS[status] for status in (413, 415, 503)}
+    always[429] = "They come too often: see Retry-After"
+    meanings = {400: "The body did not arrive", **always, **own}
     return {
         str(status): {"description": meaning, "content": problem}
         for status, meaning in sorted(meanings.items())
@@ -294,8 +300,10 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
         content: dict[str, Any] = {"schema": {"oneOf": [item, items]} if operation.at_most else item}
         if operation.example:
             content["example"] = operation.example
-        required = any(one.is_required() for one in operation.body.model_fields.values())
-        described["requestBody"] = {"required": required, "content": {"application/json": content}}
+        described["requestBody"] = {
+            "required": operation.needs_body,
+            "content": {"application/json": content},
+        }
     return described
 
 
@@ -306,9 +314,8 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     if operation.query is not None:
         schema = TypeAdapter(operation.query).json_schema()
         for name, one in schema["properties"].items():
-            parameters.append(
-                {"name": name, "in": "query", "required": False, "schema": _inline(one, schema)}
-            )
+            described = _not_null(_inline(one, schema))
+            parameters.append({"name": name, "in": "query", "required": False, "schema": described})
     if operation.creates:
         parameters.append(
             {
@@ -331,6 +338,15 @@ def _inline(schema: Any, root: Mapping[str, Any]) -> Any:
     if "$ref" in schema:
         return _inline(root["$defs"][schema["$ref"].rsplit("/", 1)[-1]], root)
     return {name: _inline(one, root) for name, one in schema.items()}
+
+
+def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's schema when it is given: nothing behind a `?` is null."""
+    values = [one for one in schema.get("anyOf", ()) if one != {"type": "null"}]
+    if len(values) != 1:
+        return schema
+    kept = {name: one for name, one in schema.items() if name not in ("anyOf", "default")}
+    return {**kept, **values[0]}
 
 
 def _webhooks(names: Mapping[Any, Any]) -> dict[str, Any]:

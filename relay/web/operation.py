@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from relay.body import compact, parse
-from relay.errors import FieldError, Invalid, Malformed, NotFound, TooLarge
+from relay.errors import FieldError, Invalid, Malformed, NotFound, TooLarge, Unsupported
 from relay.key import Scope as KeyScope
 from relay.store.audit import Entry
 from relay.store.idempotency import Idempotency
@@ -22,6 +22,7 @@ from relay.web.context import Relay, State
 
 LARGEST_BODY = 1024 * 1024
 BODY_DEADLINE = 10.0
+MOST_ERRORS, LONGEST_NAME = 100, 100
 B = TypeVar("B")
 Q = TypeVar("Q")
 
@@ -67,8 +68,8 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Operation:
     """`scope` is what a key must have for it; `answers` says what each status means; `creates` honours
-    Idempotency-Key; a `body` whose fields all have defaults may be left out; `at_most` bodies may come as a
-    list, and are answered as a `page`."""
+    Idempotency-Key; a `body` that may be empty may be left out; `at_most` bodies may come as a list, and are
+    answered as a `page`."""
 
     method: str
     path: str
@@ -86,6 +87,13 @@ class Operation:
 
     def route(self) -> Route:
         return Route(self.path, self, methods=[self.method])
+
+    @property
+    def needs_body(self) -> bool:
+        try:
+            return self.body is not None and not self.body()
+        except ValidationError:
+            return True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As an ASGI application: the errors it raises are made into problems around it."""
@@ -115,8 +123,7 @@ class Operation:
     def _read(self, raw: bytes) -> BaseModel | list[BaseModel] | None:
         if self.body is None:
             return None
-        optional = not any(one.is_required() for one in self.body.model_fields.values())
-        if not raw and optional:
+        if not raw and not self.needs_body:
             return self.body()
         document = parse(raw)
         if isinstance(document, list) and self.at_most:
@@ -138,7 +145,10 @@ class Operation:
 
 
 async def read_body(request: Request[Any]) -> bytes:
-    """The body, within its limits of size and time. Raises TooLarge or Malformed."""
+    """The body, within its limits of size and time. Raises Unsupported, TooLarge or Malformed."""
+    encodings = request.headers.getlist("content-encoding")
+    if any(one.strip().lower() not in ("", "identity") for one in encodings):
+        raise Unsupported("send the body as it is, without a Content-Encoding")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > LARGEST_BODY:
         raise TooLarge(f"the body may be {LARGEST_BODY} bytes at most")
@@ -162,11 +172,13 @@ def _validate(model: type[BaseModel], document: Any, prefix: str = "") -> BaseMo
     try:
         return model.model_validate(document)
     except ValidationError as error:
+        if error.error_count() > MOST_ERRORS:
+            raise Invalid(FieldError("body", f"is wrong in {error.error_count()} places")) from error
         raise Invalid(*(_field_error(one, prefix) for one in error.errors(include_url=False))) from error
 
 
 def _field_error(error: Any, prefix: str) -> FieldError:
-    name = prefix + ".".join(str(part) for part in error["loc"]) or "body"
+    name = (prefix + ".".join(str(part) for part in error["loc"]) or "body")[:LONGEST_NAME]
     if error["type"] == "extra_forbidden":
         return FieldError(name, "is not a field of this request")
     if error["type"] == "missing":

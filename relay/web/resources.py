@@ -89,16 +89,31 @@ def _headers(value: Mapping[str, str]) -> Mapping[str, str]:
 def _instant(value: object) -> int:
     at = parse_rfc3339(value)
     if at is None:
-        raise ValueError("must be an RFC 3339 time, such as 2026-03-16T14:30:00Z")
+        raise ValueError("must be an RFC 3339 time since 1970, such as 2026-03-16T14:30:00Z")
     return at
 
 
+def _said(**schema: Any) -> Any:
+    """What the document says of a value that a validator, which has better words for people, looks at."""
+    return Field(json_schema_extra=schema)
+
+
+_TYPE = rf"^{event.TYPE.pattern}$"
+_OURS = "|".join(event.RESERVED).replace(".", r"\.")
+Url = Annotated[str, _said(pattern="^https?://")]
 Metadata = Annotated[Mapping[str, Any], AfterValidator(_small)]
-EventType = Annotated[str, AfterValidator(_event_type)]
-PublishedType = Annotated[EventType, AfterValidator(_not_ours)]
-JobId = Annotated[str, AfterValidator(_job_id)]
-Secret = Annotated[str, AfterValidator(_secret)]
-Headers = Annotated[Mapping[str, str], Field(max_length=20), AfterValidator(_headers)]
+EventType = Annotated[str, AfterValidator(_event_type), _said(pattern=_TYPE, maxLength=128)]
+PublishedType = Annotated[
+    str,
+    AfterValidator(_event_type),
+    AfterValidator(_not_ours),
+    _said(pattern=f"^(?!{_OURS}){_TYPE[1:]}", maxLength=128),
+]
+JobId = Annotated[str, AfterValidator(_job_id), _said(pattern=r"^[\x21-\x7e]{1,255}$")]
+Secret = Annotated[str, AfterValidator(_secret), _said(pattern="^whsec_[A-Za-z0-9+/]{32,86}={0,2}$")]
+HeaderName = Annotated[str, _said(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
+HeaderValue = Annotated[str, _said(pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", maxLength=1024)]
+Headers = Annotated[Mapping[HeaderName, HeaderValue], Field(max_length=20), AfterValidator(_headers)]
 RateLimit = Annotated[float, Field(gt=0, le=10_000, description="Attempts a second, at most.")]
 # What Relay shows to a provider, or a provider to Relay. Shorter ones could not be blotted out of a text.
 Credential = Annotated[str, Field(min_length=8, max_length=4096, pattern=r"^[\x21-\x7e]+$")]
@@ -109,7 +124,9 @@ WebhookSecrets = Annotated[
 ]
 Seconds = Annotated[float, Field(ge=0.1, le=30 * 86_400)]
 Limit = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Instant = Annotated[int, BeforeValidator(_instant, json_schema_input_type=str)]
+Instant = Annotated[
+    int, BeforeValidator(_instant, json_schema_input_type=Annotated[str, _said(format="date-time")])
+]
 Time = Annotated[str, Field(examples=["2026-03-16T14:30:12.000Z"], json_schema_extra={"format": "date-time"})]
 
 
@@ -158,7 +175,7 @@ class Page(Resource, Generic[T]):
 
 
 class EndpointCreate(Request):
-    url: str
+    url: Url
     description: str | None = Field(default=None, max_length=1000)
     event_types: Annotated[list[EventType], Field(max_length=100)] | None = None
     accounts: Annotated[list[str], Field(max_length=100)] | None = None
@@ -170,10 +187,17 @@ class EndpointCreate(Request):
     metadata: Metadata | None = None
 
 
+def _no_default_url(schema: dict[str, Any]) -> None:
+    """What stands for a URL that is not given is none to give."""
+    schema["properties"]["url"].pop("default")
+
+
 class EndpointChange(Request):
     """Only the fields that are given are changed."""
 
-    url: str = ""
+    model_config = ConfigDict(json_schema_extra=_no_default_url)
+
+    url: Url = ""
     description: str | None = Field(default=None, max_length=1000)
     event_types: Annotated[list[EventType], Field(max_length=100)] | None = None
     accounts: Annotated[list[str], Field(max_length=100)] | None = None
@@ -244,13 +268,22 @@ class SecretResource(Resource):
 class GenerationCreate(Request):
     account: str
     job_id: JobId | None = None
-    callback_url: str | None = None
+    callback_url: Url | None = None
     metadata: Metadata | None = None
     timeout_seconds: float | None = Field(default=None, gt=0, le=30 * 86_400)
 
 
 class GenerationChange(Request):
     """Only the fields that are given are changed."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["job_id"], "properties": {"job_id": {"type": "string"}}},
+                {"required": ["metadata"], "properties": {"metadata": {"type": "object"}}},
+            ]
+        }
+    )
 
     job_id: JobId | None = None
     metadata: Metadata | None = None
