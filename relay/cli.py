@@ -28,7 +28,7 @@ from relay.demo import demo as run_demo
 from relay.errors import ConfigError, CopyFailed, StoreError
 from relay.local import keys, rekey
 from relay.logs import set_up
-from relay.remote import deliveries, endpoints, generations, track
+from relay.remote import accounts, deliveries, endpoints, generations, track
 from relay.server import Server, bind, origin
 from relay.simulator import Simulator
 from relay.store import open_database
@@ -47,6 +47,7 @@ app.add_typer(keys, name="keys", help="Who may use the API: on the database, als
 app.add_typer(generations, name="generations", help="The jobs that are watched.")
 app.add_typer(endpoints, name="endpoints", help="The URLs that are told.")
 app.add_typer(deliveries, name="deliveries", help="What was told, attempt by attempt.")
+app.add_typer(accounts, name="accounts", help="The credentials at providers.")
 out, err = Console(), Console(stderr=True)
 
 Config = Annotated[
