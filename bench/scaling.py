@@ -24,6 +24,7 @@ from relay.delivery import Answer, settle
 from relay.endpoint import Endpoint
 from relay.event import published
 from relay.ids import new_id
+from relay.keyring import KeyRing
 from relay.shard import SHARDS
 from relay.store import open_database, store_on
 from relay.store.events import Handoff, Publication
@@ -89,7 +90,7 @@ async def latency(
 async def claims(figures: Figures, name: str, url: str, finished: int, times: int) -> None:
     """How long it takes to find and claim two deliveries of each of fifty endpoints."""
     database = await open_database(url)
-    store = store_on(database)
+    store = store_on(database, KeyRing(["bench"]))
     now = time.time_ns() // 1_000_000
     for number in range(ENDPOINTS):
         to = f"https://example.com/{number}"

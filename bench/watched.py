@@ -22,6 +22,7 @@ from bench.wire import percentile
 from relay.app import wall_clock
 from relay.config import read_config
 from relay.ids import new_id
+from relay.keyring import KeyRing
 from relay.store import open_database, store_on
 
 ANSWER = json.dumps({"id": "job", "state": "processing", "created_at": "2026-01-01T00:00:00Z"}).encode()
@@ -133,7 +134,7 @@ def say(what: str, value: str) -> None:
 async def claims(config: dict[str, object]) -> None:
     """What the statements of a tick take, with 32 and with 10,000 due."""
     database = await open_database(read_config(config).database)
-    generations = store_on(database).generations
+    generations = store_on(database, KeyRing(["bench"])).generations
     for ahead in (0, 60_000):
         times = []
         for turn in range(30):

@@ -15,7 +15,7 @@ from relay.asker import Asker
 from relay.batch import Batch
 from relay.bell import Bell
 from relay.callback import Callbacks
-from relay.config import Settings, accounts
+from relay.config import Settings, accounts, check_url
 from relay.deliver import Deliverer
 from relay.errors import StoreError
 from relay.generation import Update
@@ -24,20 +24,27 @@ from relay.hints import Turns
 from relay.hold import SPARE, Holder
 from relay.ids import new_id
 from relay.ingest import Ingest
+from relay.key import Key, Scope, hash_of, new_key
+from relay.keyring import KeyRing
+from relay.limit import Limit
 from relay.poll import Poller
 from relay.prune import prune
 from relay.renew import Renewer
+from relay.roster import Roster
 from relay.sender import Sender
-from relay.server import Server, bind, origin
+from relay.server import Server, bind, origin, use_all_files
 from relay.shard import Held
 from relay.store import Store, open_database, store_on
+from relay.store.audit import Entry
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
 from relay.store.tables import check_whole
 from relay.store.tenants import DEFAULT
 from relay.web import inbound, ops
-from relay.web.auth import hash_key, new_key
+from relay.web.api import REPLAYS_A_SECOND, REPLAYS_AT_ONCE, TESTS_A_MINUTE
+from relay.web.auth import Gate
 from relay.web.context import Relay, State
+from relay.web.headers import SecurityHeaders
 from relay.web.operations import OPERATIONS
 from relay.web.problem import HANDLERS
 
@@ -46,6 +53,7 @@ POLL_TICK = 0.25
 RETRY_TICK = 0.25
 BEAT = 2
 PRUNE_TICK = 3600
+KEYS_TICK = 60
 # A tick whose store takes nothing beats slower and slower: of so many beats at least one is tried.
 LONGEST_REST = 8
 # A database that is not there yet is waited for; seconds.
@@ -76,11 +84,12 @@ def build(
         async with running(settings, now=now, show_key=show_key) as relay:
             yield {"relay": relay}
 
-    return _web(lifespan)
+    return _web(settings, lifespan)
 
 
 async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is in flight. Raises ConfigError."""
+    use_all_files()
     bound = bind(settings.host, settings.port)
     async with running(settings, now=wall_clock, show_key=show_key) as relay:
 
@@ -88,7 +97,11 @@ async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
         async def lifespan(app: Starlette) -> AsyncIterator[State]:
             yield {"relay": relay}
 
-        server = Server(_web(lifespan), grace=settings.delivery.timeout / 1000)
+        server = Server(
+            _web(settings, lifespan),
+            grace=settings.delivery.timeout / 1000,
+            trusted_proxies=settings.network.trusted_proxies,
+        )
 
         def wind_down() -> None:
             relay.ingest.stop_waiting()
@@ -104,12 +117,17 @@ async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
     log.info("relay.stopped")
 
 
-def _web(lifespan: Callable[[Starlette], AbstractAsyncContextManager[State]]) -> Starlette:
+def _web(
+    settings: Settings, lifespan: Callable[[Starlette], AbstractAsyncContextManager[State]]
+) -> Starlette:
     # Routes are tried in this order: those that are called most come first.
     posts_first = sorted(OPERATIONS, key=lambda one: (one.method != "POST", not one.creates))
-    routes = [*(one.route() for one in posts_first), *inbound.ROUTES, *ops.routes(OPERATIONS)]
+    routes = [*(one.route() for one in posts_first), *inbound.routes(), *ops.routes(OPERATIONS)]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
+    # Outside of everything, also of what answers when something has crashed.
+    is_https = settings.origin.startswith("https://")
+    app.middleware_stack = SecurityHeaders(app.build_middleware_stack(), https=is_https)
     return app
 
 
@@ -121,7 +139,7 @@ async def running(
     async with AsyncExitStack() as stack:
         database = await open_database(settings.database, patience=PATIENCE)
         stack.push_async_callback(database.close)
-        store = store_on(database)
+        store = store_on(database, KeyRing(settings.secret_keys))
         await _prepare(store, settings, now=now, show_key=show_key)
         guard = Guard(settings.network.allow)
         asker = Asker.open(
@@ -131,12 +149,14 @@ async def running(
         sender = Sender.open(guard, timeout=settings.delivery.timeout, proxy=settings.network.proxy, now=now)
         stack.push_async_callback(sender.close)
         relay = _assemble(settings, store, asker, sender, now=now)
+        await relay.accounts.look_at_all()
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
         await relay.holder.start()
         metronome = _metronome(relay)
         stack.callback(metronome.shutdown, wait=False)
         stack.push_async_callback(relay.bell.flush)
+        stack.push_async_callback(_steady("keys", relay.gate.write_down))
         stack.push_async_callback(relay.holder.stop)
         # In the order of their ends: polls first, then what they recorded, then what is being delivered.
         stack.push_async_callback(relay.deliverer.stop)
@@ -149,24 +169,36 @@ async def running(
 
 
 async def _prepare(
-    store: Store, settings: Settings, *, now: Callable[[], int], show_key: Callable[[str], None] | None
+    store: Store,
+    settings: Settings,
+    *,
+    now: Callable[[], int],
+    show_key: Callable[[str], None] | None,
 ) -> None:
     for name in await migrate(store.database, now=now()):
         log.info("database.migrated", extra={"migration": name})
     await check_whole(store.database)
+    await store.sealed.check()
     await store.tenants.found(DEFAULT, signature.new_secret(), now=now())
-    if settings.admin_key is None and not await store.tenants.has_keys():
-        key, key_id = new_key(), new_id("key", now())
-        is_first = await store.tenants.add_first_key(key_id, DEFAULT, "admin", hash_key(key), now=now())
-        if is_first and show_key is not None:
-            show_key(key)
+    if settings.admin_key is None and not await store.keys.any():
+        at = now()
+        key_id, text = new_key(at)
+        key = Key(key_id, DEFAULT, "admin", (Scope.ADMIN,), hash_of(text), created_at=at)
+        entry = Entry(DEFAULT, at, "relay", "key.created", key_id)
+        if await store.keys.create_first(key, entry=entry) and show_key is not None:
+            show_key(text)
 
 
 def _assemble(
     settings: Settings, store: Store, asker: Asker, sender: Sender, *, now: Callable[[], int]
 ) -> Relay:
-    configured, held, name = accounts(settings), Held(), new_id("rly", now())
+    held, name = Held(), new_id("rly", now())
     bell = Bell(store.database, relay=name)
+
+    def check_base_url(url: str) -> None:
+        check_url("base_url", url, settings, allow_http=settings.network.allow_http)
+
+    roster = Roster(accounts(settings), store, check=check_base_url, now=now)
 
     async def look(account: str, job_id: str) -> Update:
         return await poller.look(account, job_id)
@@ -194,7 +226,7 @@ def _assemble(
     poller = Poller(
         store,
         asker,
-        configured,
+        roster,
         relay=name,
         shards=held,
         ring=bell.ring,
@@ -219,22 +251,29 @@ def _assemble(
         changed=lambda: bell.ring("shards"),
         now=now,
     )
-    turns = {
-        name: Turns(account.requests_per_minute, account.pace.interval)
-        for name, account in configured.items()
-    }
+    all_turns: dict[str, Turns] = {}
+
+    def turns(name: str) -> Turns | None:
+        account = roster.get(name)
+        if account is None:
+            all_turns.pop(name, None)
+            return None
+        per_minute, interval = account.requests_per_minute, account.pace.interval
+        one = all_turns.get(name)
+        if one is None or (one.per_minute, one.interval) != (per_minute, interval):
+            one = all_turns[name] = Turns(per_minute, interval)
+        one.relays = held.relays
+        return one
 
     async def hint(hints: Sequence[Hint]) -> Sequence[None]:
-        for one in turns.values():
-            one.relays = held.relays
         await store.generations.hint(hints, turns=turns, now=now())
         return [None] * len(hints)
 
     return Relay(
         settings=settings,
         store=store,
-        accounts=configured,
-        callbacks=Callbacks(settings.origin, settings.secret_key),
+        accounts=roster,
+        callbacks=Callbacks(settings.origin, settings.secret_keys),
         ingest=ingest,
         asker=asker,
         poller=poller,
@@ -242,6 +281,9 @@ def _assemble(
         shards=held,
         holder=holder,
         bell=bell,
+        gate=Gate(store.keys, settings.admin_key, now=now),
+        test_limit=Limit(TESTS_A_MINUTE / 60, TESTS_A_MINUTE),
+        replay_limit=Limit(REPLAYS_A_SECOND, REPLAYS_AT_ONCE),
         watch=Batch(store.generations.create),
         hint=Batch(hint),
         now=now,
@@ -257,6 +299,9 @@ def _listener(relay: Relay) -> Callable[[str], None]:
                 relay.poller.wake()
             case "account" if int(which) in relay.shards.staying:
                 relay.poller.lend()
+            case "accounts":
+                relay.accounts.hear(which)
+                relay.poller.wake()
             case "endpoint":
                 relay.deliverer.forget(which)
             case "shards":
@@ -274,7 +319,13 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
 
     async def remove_old() -> None:
         if relay.shards.covers("retention", relay.now()):
-            await prune(relay.store, events=retention.events, attempts=retention.attempts, now=relay.now())
+            await prune(
+                relay.store,
+                events=retention.events,
+                attempts=retention.attempts,
+                audit=retention.audit,
+                now=relay.now(),
+            )
 
     poll, deliver = _steady("poll", relay.poller.tick), _steady("deliver", relay.deliverer.tick)
     scheduler.add_job(poll, "interval", seconds=POLL_TICK)
@@ -283,6 +334,7 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
         beat = _steady("hold", relay.holder.beat, longest_rest=1)
         scheduler.add_job(beat, "interval", seconds=BEAT)
     scheduler.add_job(_steady("prune", remove_old, longest_rest=1), "interval", seconds=PRUNE_TICK)
+    scheduler.add_job(_steady("keys", relay.gate.write_down, longest_rest=1), "interval", seconds=KEYS_TICK)
     scheduler.start()
     return scheduler
 

@@ -115,7 +115,9 @@ class Asker:
             raise ProviderError("unreachable", f"no whole answer within {TIMEOUT:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL, ClientError, OSError, ValueError) as error:
             raise ProviderError("unreachable", f"cannot be asked: {reason(error)}") from error
-        self._compare_clocks(response.headers.get("date"))
+        if account.owner is None:
+            # What a tenant calls a provider may say anything, and all relays would count as out of order.
+            self._compare_clocks(response.headers.get("date"))
         return Reply(response.status_code, body, dict(response.headers))
 
     def _clean(self, value: Any, account: Account) -> Any:

@@ -12,13 +12,17 @@ from relay.body import parse
 from relay.config import Settings, accounts
 from relay.errors import ConfigError, DatabaseInUse, Malformed, ProviderError, StoreError
 from relay.guard import Guard
+from relay.keyring import KeyRing
 from relay.providers import Account
 from relay.signature import TOLERANCE
-from relay.store import open_database, store_on
+from relay.store import open_database
+from relay.store.accounts import Accounts
 from relay.store.migrate import pending
+from relay.store.sealed import Sealed
 from relay.store.tables import check_whole
 
 SHORTEST_SECRET = 32
+SHORTEST_ADMIN_KEY = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ async def check(settings: Settings) -> AsyncIterator[Finding]:
     """One finding after the other: configuration, database, each account's credential, the clock."""
     for finding in _configuration(settings):
         yield finding
-    yield await _database(settings.database)
+    yield await _database(settings)
     asker = Asker.open(
         Guard(settings.network.allow),
         capability=f"{settings.origin}/hooks/",
@@ -55,6 +59,9 @@ def _configuration(settings: Settings) -> list[Finding]:
     if len(settings.secret_key) < SHORTEST_SECRET:
         message = f"is shorter than {SHORTEST_SECRET} characters: make one with `openssl rand -hex 32`"
         found.append(Finding("secret_key", "warning", message))
+    if settings.admin_key is not None and len(settings.admin_key) < SHORTEST_ADMIN_KEY:
+        message = f"is shorter than {SHORTEST_ADMIN_KEY} characters: make one with `openssl rand -hex 32`"
+        found.append(Finding("admin_key", "warning", message))
     if not settings.accounts:
         found.append(Finding("accounts", "warning", "there are none: nothing can be watched"))
     configured = accounts(settings)
@@ -71,7 +78,8 @@ def _configuration(settings: Settings) -> list[Finding]:
     return found or [Finding("configuration", "ok", f"{len(settings.accounts)} accounts")]
 
 
-async def _database(url: str) -> Finding:
+async def _database(settings: Settings) -> Finding:
+    url = settings.database
     if missing := _missing_file(url):
         return missing
     try:
@@ -84,6 +92,7 @@ async def _database(url: str) -> Finding:
         names = await pending(database)
         if not names:
             await check_whole(database)
+            await Sealed(database, KeyRing(settings.secret_keys)).check()
     except (ConfigError, StoreError) as error:
         return Finding("database", "failed", str(error).removeprefix("database: "))
     finally:
@@ -133,7 +142,7 @@ async def _draw(url: str, account: str) -> None:
     except ConfigError:
         return
     try:
-        await store_on(database).accounts.draw(account)
+        await Accounts(database).draw(account)
     except StoreError:
         return  # it has not been migrated yet: nobody uses it
     finally:

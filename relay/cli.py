@@ -26,6 +26,7 @@ from relay.copy import Progress, database_name
 from relay.copy import copy as copy_database
 from relay.demo import demo as run_demo
 from relay.errors import ConfigError, CopyFailed, StoreError
+from relay.local import keys, rekey
 from relay.logs import set_up
 from relay.remote import deliveries, endpoints, generations, track
 from relay.server import Server, bind, origin
@@ -41,6 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(track)
+app.command()(rekey)
+app.add_typer(keys, name="keys", help="Who may use the API: on the database, also of a running relay.")
 app.add_typer(generations, name="generations", help="The jobs that are watched.")
 app.add_typer(endpoints, name="endpoints", help="The URLs that are told.")
 app.add_typer(deliveries, name="deliveries", help="What was told, attempt by attempt.")

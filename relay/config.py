@@ -6,14 +6,14 @@ Durations are milliseconds once they are read.
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.networks import IPvAnyNetwork
 
+from relay import account, tenant
 from relay.endpoint import canonical_url
 from relay.errors import ConfigError
 from relay.providers import Account, load
@@ -29,7 +29,6 @@ OVERRIDES = {
     "RELAY_LOG_LEVEL": "log_level",
 }
 _REFERENCE = re.compile(r"\$\{(?:file:(?P<file>[^}]+)|(?P<name>[A-Za-z_][A-Za-z0-9_]*))\}")
-ACCOUNT_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
 
 def _duration(value: object) -> int:
@@ -57,6 +56,28 @@ Secrets = Annotated[
 ]
 
 
+def _tenants(value: object) -> object:
+    if value == "all":
+        return None
+    if not isinstance(value, list) or not value:
+        raise ValueError("write `all`, or a list of tenants such as [default, acme]")
+    return value
+
+
+# None is all of them.
+Tenants = Annotated[
+    Annotated[tuple[Annotated[str, Field(pattern=tenant.NAME)], ...], Field(max_length=1000)] | None,
+    BeforeValidator(_tenants),
+]
+
+
+def _sendable(value: str) -> str:
+    # Of an empty one nobody should have to think what it means: whoever writes it meant another one.
+    if not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ValueError("must be visible ASCII characters without spaces: use `openssl rand -hex 32`")
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,6 +91,7 @@ class AccountSettings(_Section):
     poll_interval: Duration | None = None
     requests_per_minute: int | None = Field(default=None, ge=1)
     requests_per_day: int | None = Field(default=None, ge=1)
+    tenants: Tenants = (tenant.DEFAULT,)
 
 
 class DeliverySettings(_Section):
@@ -89,11 +111,13 @@ class NetworkSettings(_Section):
     allow: tuple[IPvAnyNetwork, ...] = ()
     allow_http: bool = False
     proxy: str | None = Field(default=None, pattern=r"^https?://")
+    trusted_proxies: tuple[IPvAnyNetwork, ...] = ()
 
 
 class RetentionSettings(_Section):
     events: Duration = 30 * 86_400_000
     attempts: Duration = 30 * 86_400_000
+    audit: Duration = 365 * 86_400_000
 
 
 class Settings(_Section):
@@ -104,14 +128,20 @@ class Settings(_Section):
     port: int = Field(default=8080, ge=0, le=65535)
     database: str = "sqlite:///relay.db"
     secret_key: str = Field(min_length=1, repr=False)
-    admin_key: str | None = Field(default=None, min_length=1, repr=False)
+    previous_secret_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), repr=False)
+    admin_key: Annotated[str, AfterValidator(_sendable)] | None = Field(default=None, repr=False)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    accounts: Mapping[Annotated[str, Field(pattern=ACCOUNT_NAME)], AccountSettings] = Field(
+    accounts: Mapping[Annotated[str, Field(pattern=account.NAME)], AccountSettings] = Field(
         default_factory=dict
     )
     delivery: DeliverySettings = DeliverySettings()
     network: NetworkSettings = NetworkSettings()
     retention: RetentionSettings = RetentionSettings()
+
+    @property
+    def secret_keys(self) -> tuple[str, ...]:
+        """The newest first: that one seals and signs, all of them open and verify."""
+        return (self.secret_key, *self.previous_secret_keys)
 
     @property
     def origin(self) -> str:
@@ -163,7 +193,7 @@ def read_config(document: Mapping[str, Any], environment: Mapping[str, str] = os
     except ValidationError as error:
         raise ConfigError("\n".join(_complaint(one) for one in error.errors())) from error
     if settings.public_url is not None:
-        _check_url("public_url", settings.public_url, settings, allow_http=True)
+        check_url("public_url", settings.public_url, settings, allow_http=True)
     accounts(settings)
     return settings
 
@@ -180,25 +210,23 @@ def _account(name: str, given: AccountSettings, settings: Settings) -> Account:
     except ConfigError as error:
         raise ConfigError(f"{key}.provider: {error}") from error
     base_url = given.base_url or provider.base_url
-    _check_url(f"{key}.base_url", base_url, settings, allow_http=settings.network.allow_http)
-    pace = replace(provider.pace, timeout=given.timeout or provider.pace.timeout)
-    if given.poll_interval is not None:
-        pause = given.poll_interval
-        # Who says how often wants to be told that soon: nothing is expected before it was seen.
-        pace = replace(pace, interval=pause, backstop=5 * pause, typical=None)
-    return Account(
-        name=name,
-        provider=provider,
+    check_url(f"{key}.base_url", base_url, settings, allow_http=settings.network.allow_http)
+    return Account.at(
+        provider,
+        name,
         api_key=given.api_key,
         base_url=base_url,
-        pace=pace,
-        requests_per_minute=given.requests_per_minute or provider.requests_per_minute,
-        requests_per_day=given.requests_per_day or provider.requests_per_day,
+        timeout=given.timeout,
+        poll_interval=given.poll_interval,
+        requests_per_minute=given.requests_per_minute,
+        requests_per_day=given.requests_per_day,
         webhook_secrets=given.webhook_secret or (),
+        tenants=given.tenants,
     )
 
 
-def _check_url(key: str, url: str, settings: Settings, *, allow_http: bool) -> None:
+def check_url(key: str, url: str, settings: Settings, *, allow_http: bool) -> None:
+    """Raises ConfigError, naming the key, for a URL that must not be used."""
     try:
         canonical_url(url, allow_http=allow_http, allow=settings.network.allow)
     except ValueError as error:

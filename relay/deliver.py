@@ -447,6 +447,9 @@ class Deliverer:
         if self._is_too_late(one):
             return None
         now = self._now()
+        if not one.secrets:
+            message = "its secret cannot be opened: it was changed in the database; rotate it"
+            return Answer(now, 0, code=Code.INTERNAL, message=message)
         try:
             headers = signature.headers(one.secrets, one.event_id, now // 1000, one.body)
             return await self._sender.send(one.url, one.body, {**one.headers, **headers})

@@ -3,11 +3,12 @@
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 
+from relay import signature
 from relay.event import ENDINGS, Event
 
 DEFAULT_TYPES = frozenset(ENDINGS.values())
@@ -33,14 +34,30 @@ _FORBIDDEN_PREFIXES = ("webhook-", "x-amz-", "x-goog-", "x-azure-", "x-forwarded
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
 
 
+# So many may be valid at once: each of them is one more signature.
+MOST_SECRETS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """What deliveries are signed with: a `whsec_…`, and a `whsk_…` where Ed25519 is wanted as well. After a
+    rotation it is valid until `expires_at`."""
+
+    symmetric: str
+    private: str | None = None
+    expires_at: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Empty `event_types` means the four endings; empty `accounts` means every account."""
+    """Empty `event_types` means the four endings; empty `accounts` means every account.
+
+    `secrets` stand newest first; there are none where those at rest cannot be opened."""
 
     id: str
     tenant: str
     url: str
-    secret: str
+    secrets: Sequence[Secret]
     created_at: int
     updated_at: int
     description: str | None = None
@@ -48,8 +65,6 @@ class Endpoint:
     accounts: Sequence[str] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    previous_secret: str | None = None
-    previous_secret_expires_at: int | None = None
     rate_limit: float | None = None  # attempts a second
     failing_since: int | None = None  # every attempt since then has failed
     failing_event: str | None = None  # the first of the events that failed
@@ -65,11 +80,44 @@ class Endpoint:
             return False
         return not self.accounts or event.account in self.accounts
 
-    def secrets(self, now: int) -> tuple[str, ...]:
-        """What to sign with, newest first: after a rotation the old secret is valid for a while."""
-        if self.previous_secret and (self.previous_secret_expires_at or 0) > now:
-            return (self.secret, self.previous_secret)
-        return (self.secret,)
+    @property
+    def public_key(self) -> str | None:
+        """What everybody may verify its deliveries with; None unless they are signed with Ed25519 as well."""
+        private = self.secrets[0].private if self.secrets else None
+        return signature.public_key(private) if private else None
+
+    def signing(self, now: int) -> tuple[str, ...]:
+        """What to sign with, newest first: after a rotation the old secrets are valid for a while."""
+        return valid(self.secrets, now)
+
+
+def valid(secrets: Sequence[Secret], now: int) -> tuple[str, ...]:
+    """Each `whsec_…` and `whsk_…` that has not expired, in their order."""
+    return tuple(
+        text
+        for one in secrets
+        if one.expires_at is None or one.expires_at > now
+        for text in (one.symmetric, one.private)
+        if text
+    )
+
+
+def rotated(secrets: Sequence[Secret], new: str, *, now: int, expires_at: int) -> tuple[Secret, ...]:
+    """The secrets after a rotation: none of the old ones is valid for longer than until `expires_at`."""
+    asymmetric = bool(secrets) and secrets[0].private is not None
+    old = [replace(one, expires_at=min(one.expires_at or expires_at, expires_at)) for one in secrets]
+    kept = [one for one in old if (one.expires_at or 0) > now]
+    newest = Secret(new, signature.new_private_key() if asymmetric else None)
+    return (newest, *kept[: MOST_SECRETS - 1])
+
+
+def with_ed25519(secrets: Sequence[Secret], wanted: bool) -> tuple[Secret, ...]:
+    """The secrets with a `whsk_…` for the newest, or with none at all."""
+    if not wanted:
+        return tuple(replace(one, private=None) for one in secrets)
+    if not secrets or secrets[0].private is not None:
+        return tuple(secrets)
+    return (replace(secrets[0], private=signature.new_private_key()), *secrets[1:])
 
 
 def canonical_url(text: str, *, allow_http: bool, allow: Networks) -> str:

@@ -7,12 +7,15 @@
     │  ├─ Malformed 400         not JSON at all, or not the protocol
     │  ├─ Unauthorized 401      no key or a wrong one
     │  ├─ Unsigned 401          a callback without its provider's signature
-    │  ├─ NotFound 404          unknown, or another tenant's
+    │  ├─ Forbidden 403        a key that may not do this
+  │  ├─ NotFound 404          unknown, or another tenant's
     │  ├─ Conflict 409          the state of the thing does not allow it
     │  ├─ TooLarge 413          over a limit
+    │  ├─ Unsupported 415       a body in a form that is not taken
     │  ├─ Invalid 422           well-formed but wrong: names each field
     │  └─ Limited 429           too much for now: carries when to come back
     ├─ ProviderError            a provider could not be asked, or its answer could not be read
+    ├─ SealBroken               a secret at rest cannot be opened
     ├─ CopyFailed               a copy from one database to another did not come to its end; exit code 1
     └─ StoreError               the database did not take it: nothing was acknowledged (503)
        └─ Collision             another relay's transaction was in the way
@@ -64,6 +67,11 @@ class Unsigned(Refused):
     title = "No or bad signature"
 
 
+class Forbidden(Refused):
+    status = 403
+    title = "Not allowed"
+
+
 class NotFound(Refused):
     status = 404
     title = "Not found"
@@ -77,6 +85,11 @@ class Conflict(Refused):
 class TooLarge(Refused):
     status = 413
     title = "Too large"
+
+
+class Unsupported(Refused):
+    status = 415
+    title = "Unsupported"
 
 
 class Invalid(Refused):
@@ -113,6 +126,10 @@ class ProviderError(RelayError):
         super().__init__(message)
         self.code = code
         self.retry_after = retry_after
+
+
+class SealBroken(RelayError):
+    """The message says what became of the secret."""
 
 
 class CopyFailed(RelayError):

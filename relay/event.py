@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from relay import account
 from relay.body import compact
 from relay.generation import Generation, Output, Status
 from relay.ids import new_id
@@ -36,10 +37,10 @@ RESERVED = ("generation.", "endpoint.", "account.")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`body` is what is signed, sent and stored, byte for byte. `announces` is what a generation is said to
-    be only once (a status, or `unknown_status`), `source_id` its publisher's own name for the event: the
-    database takes each only once. `expires_at` is when the first of its outputs' URLs stops to work, None
-    when there is nothing to renew."""
+    """`body` is what is signed, sent and stored, byte for byte. `account` is what its tenant calls it.
+    `announces` is what a generation is said to be only once (a status, or `unknown_status`), `source_id` its
+    publisher's own name for the event: the database takes each only once. `expires_at` is when the first of
+    its outputs' URLs stops to work, None when there is nothing to renew."""
 
     id: str
     tenant: str
@@ -92,7 +93,7 @@ def _of(
         body=envelope(type_, at, data),
         created_at=now,
         generation_id=generation.id,
-        account=generation.account,
+        account=account.shown(generation.account),
         announces=announces,
         expires_at=_first_expiry(generation),
     )
@@ -150,10 +151,10 @@ def account_recovered(tenant: str, account_name: str, provider_name: str, *, now
 
 
 def _of_account(
-    type_: str, tenant: str, account: str, provider: str, said: Mapping[str, str], now: int
+    type_: str, tenant: str, name: str, provider: str, said: Mapping[str, str], now: int
 ) -> Event:
-    data = {"account": account, "provider": provider, **said, "since": rfc3339(now)}
-    return Event(new_id("evt", now), tenant, type_, envelope(type_, rfc3339(now), data), now, account=account)
+    data = {"account": name, "provider": provider, **said, "since": rfc3339(now)}
+    return Event(new_id("evt", now), tenant, type_, envelope(type_, rfc3339(now), data), now, account=name)
 
 
 def published(tenant: str, type_: str, data: Mapping[str, Any], source_id: str | None, *, now: int) -> Event:
@@ -182,7 +183,7 @@ def describe(generation: Generation) -> dict[str, Any]:
     return {
         "id": generation.id,
         "provider": generation.provider,
-        "account": generation.account,
+        "account": account.shown(generation.account),
         "job_id": generation.job_id,
         "status": generation.status.value,
         "provider_status": update.provider_status if update else None,

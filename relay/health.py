@@ -76,6 +76,10 @@ class Health:
             counted = max(counted, end)
         return lasted
 
+    def tried_at_once(self) -> Self:
+        """The same, but whether it is still so is found out now: the account is not what it was."""
+        return replace(self, paused_until=0)
+
     def kept(self) -> dict[str, Any]:
         """What must survive a restart."""
         return asdict(self)
@@ -89,7 +93,7 @@ class Health:
         known = {one.name: kept[one.name] for one in fields(cls) if one.name in kept}
         outages = tuple((begin, end) for begin, end in kept.get("outages", ()))
         health = cls(**{**known, "status": Status(kept.get("status", Status.OK)), "outages": outages})
-        return replace(health, paused_until=0) if health.status is Status.UNAUTHORIZED else health
+        return health.tried_at_once() if health.status is Status.UNAUTHORIZED else health
 
     def _recovered(self, now: int) -> Self:
         outages = self.outages

@@ -18,7 +18,7 @@ class Turns:
     about one job, in milliseconds."""
 
     def __init__(self, per_minute: int | None, interval: int = 0) -> None:
-        self.interval, self.relays = interval, 1
+        self.per_minute, self.interval, self.relays = per_minute, interval, 1
         half = (per_minute or PER_MINUTE) / 2
         self._pause = 60_000 / half
         self._burst = self._pause * (max(1, int(half)) - 1)

@@ -15,7 +15,6 @@ from relay.providers import Account
 from relay.schedule import Report
 from relay.store import Store
 from relay.store.events import Change, Handoff, Publication
-from relay.store.tenants import DEFAULT
 
 log = logging.getLogger(__name__)
 # Another relay may have recorded the end that is waited for; seconds.
@@ -60,14 +59,18 @@ class Ingest:
         self._accept(await self._store.events.announce(events, handoff, now=self._now()), handoff)
 
     async def account_changed(self, account: Account, health: Health) -> None:
-        """Announces that an account cannot be asked any more, or can again."""
+        """Announces to its tenants that an account cannot be asked any more, or can again."""
         said = {"account": account.name, "status": health.status.value, "error": health.last_error}
         log.warning("account.changed", extra=said)
-        about, now = (DEFAULT, account.name, account.provider.name), self._now()
+        about, now = (account.shown, account.provider.name), self._now()
         if health.status is Status.OK:
-            await self.announce([account_recovered(*about, now=now)])
+            events = [account_recovered(tenant, *about, now=now) for tenant in account.listeners]
         else:
-            await self.announce([account_failing(*about, health.last_error or "", now=now)])
+            events = [
+                account_failing(tenant, *about, account.told(tenant, health.last_error) or "", now=now)
+                for tenant in account.listeners
+            ]
+        await self.announce(events)
 
     def stop_waiting(self) -> None:
         """Whoever waits for an end is answered now."""

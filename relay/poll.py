@@ -4,18 +4,20 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
 from uuid import uuid4
 
+from relay import account as accounts
 from relay.asker import Asker
 from relay.batch import insist
 from relay.errors import Conflict, Limited, NotFound, ProviderError, StoreError
 from relay.generation import ENDINGS, OPEN, Generation, LearnedBy, Update
 from relay.health import Health, Status
 from relay.hints import pause
-from relay.ledger import Ledger
+from relay.ledger import BEFORE_LOSS, Ledger
 from relay.providers import Account
+from relay.roster import Roster
 from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask, sightings
 from relay.shard import Held, shard_of
 from relay.standing import Standing
@@ -26,7 +28,7 @@ LEASE = 60_000
 OVERDUE = 100
 # Without a request to spare for so long, what is overdue is over unasked.
 UNASKED_AFTER = 60_000
-# Whether there are generations of accounts that are not configured is looked up so often.
+# Whether there are generations of accounts that are not there is looked up so often.
 STRANGERS_EVERY = 60_000
 
 
@@ -41,7 +43,7 @@ class Poller:
         self,
         store: Store,
         asker: Asker,
-        accounts: Mapping[str, Account],
+        roster: Roster,
         *,
         relay: str,
         shards: Held,
@@ -50,38 +52,37 @@ class Poller:
         changed: Callable[[Account, Health], Coroutine[None, None, None]],
         now: Callable[[], int],
     ) -> None:
-        self._store, self._asker, self._accounts = store, asker, accounts
+        self._store, self._asker, self._roster = store, asker, roster
         self._shards, self._ring, self._record, self._now = shards, ring, record, now
         self._ledger = Ledger(
             store,
-            accounts,
+            roster,
             relay=relay,
             shards=shards,
             ring=ring,
             changed=lambda account, health: self._spawn(changed(account, health)),
             now=now,
         )
-        self._strangers: Sequence[str] = ()  # accounts with open generations that are not configured any more
+        self._strangers: Sequence[str] = ()  # accounts with open generations that are not there any more
         self._asking: set[asyncio.Task[None]] = set()
         self._tick = asyncio.Lock()
         self._over = asyncio.Event()  # a visit has ended
         self._looked_at = 0
         self._woken = self._stopping = False
 
-    @property
-    def standings(self) -> Mapping[str, Standing]:
-        """How each account stands."""
-        return self._ledger.standings
+    def standing(self, account: Account) -> Standing:
+        """How an account stands, as far as this relay knows."""
+        return self._ledger.standing(account)
 
     async def resume(self) -> None:
         """Goes on where the last relay stopped: budgets, health, and what its generations have taught."""
         await self._look_for_strangers()
         if not self._store.database.alone:
-            await self._ledger.study(self._accounts)
+            await self._ledger.study(self._roster)
 
     async def take(self, shards: Collection[int]) -> None:
         """Readies itself to ask at the accounts of these shards, as whoever held them has left them."""
-        names = [name for name in self._accounts if shard_of(name) in shards]
+        names = [name for name in self._roster if shard_of(name) in shards]
         strangers = [name for name in self._strangers if shard_of(name) in shards]
         # What a relay was asking about that is gone; one that gave them away left nothing.
         left = await self._store.generations.recover([*names, *strangers], now=self._now())
@@ -94,8 +95,9 @@ class Poller:
         more, and how they stand is written down."""
         async with self._tick:
             pass  # what is being claimed is among it
-        names = [name for name in self._accounts if shard_of(name) in shards]
-        while any(self.standings[name].under_way for name in names):
+        names = [name for name in self._ledger.taken if shard_of(name) in shards]
+        standings = self._ledger.standings
+        while any(standings[name].under_way for name in names if name in standings):
             self._over.clear()
             await self._over.wait()
         await self._ledger.close(names)
@@ -104,7 +106,7 @@ class Poller:
         """When a generation that is now being watched is asked about first."""
         return first_ask(
             account.pace,
-            self.standings[account.name].plan(),
+            self.standing(account).plan(),
             now=self._now(),
             deadline_at=deadline_at,
             job_known=job_known,
@@ -131,6 +133,7 @@ class Poller:
             self._woken = False
             if self._stopping:
                 return
+            await self._follow()
             now = self._now()
             await self._claim_overdue(now)
             held = self._ledger.held()
@@ -145,20 +148,19 @@ class Poller:
                 if rooms[name] > 0:
                     standing.short = got[name] >= rooms[name]
             await self._ledger.keep(now=now)
-            if not self._store.database.alone and not 0 <= now - self._looked_at < STRANGERS_EVERY:
-                await self._look_for_strangers()
 
     async def refresh(self, generation: Generation) -> Generation | None:
         """Asks now, whatever the schedule says; the generation afterwards, None when it is gone.
 
-        Raises Conflict when the account is not configured or the job is not known, Limited when the
-        account's budget is used up.
+        Raises Conflict when its tenant has not the account any more or the job is not known, Limited when
+        the account's budget is used up.
         """
-        if generation.account not in self._accounts:
-            raise Conflict(f"account {generation.account!r} is not configured any more")
+        account = await self._roster.seek(generation.account)
+        if account is None or not account.is_of(generation.tenant):
+            raise Conflict(_gone(generation.account))
         if generation.job_id is None and generation.claimed_job_id is None:
             raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
-        await self._ledger.book(generation.account)
+        await self._ledger.book(account)
         now = self._now()
         claimed = await self._store.generations.claim_one(
             generation.id, lease=uuid4().hex, lease_until=now + LEASE
@@ -167,15 +169,16 @@ class Poller:
             return generation
         return await self._ask(claimed, LearnedBy.REFRESH)
 
-    async def look(self, account: str, job_id: str) -> Update:
+    async def look(self, name: str, job_id: str) -> Update:
         """What the provider says about a job now, for one request of the account's budget.
 
-        Raises NotFound for an account that is not configured, Limited when its budget is used up or its
+        Raises NotFound when there is no such account, Limited when its budget is used up or its
         provider is only probed, ProviderError when the provider cannot be asked.
         """
-        if account not in self._accounts:
-            raise NotFound(f"account {account!r} is not configured")
-        standing, now = self.standings[account], self._now()
+        account = await self._roster.seek(name)
+        if account is None:
+            raise NotFound(_gone(name))
+        standing, now = self.standing(account), self._now()
         probes = standing.health.status is not Status.OK
         if probes and (standing.under_way or not standing.health.may_ask(now)):
             wait = max(0, standing.health.paused_until - now)
@@ -183,7 +186,7 @@ class Poller:
         standing.under_way += probes
         try:
             await self._ledger.book(account)
-            return await self._look(self._accounts[account], job_id)
+            return await self._look(account, job_id)
         finally:
             standing.under_way -= probes
             self._over.set()
@@ -204,11 +207,21 @@ class Poller:
         except StoreError as error:
             log.error("poll.not_kept: %s", error)
 
+    async def _follow(self) -> None:
+        """Accounts may have come, changed or gone."""
+        await self._roster.renew()
+        some_are_gone = await self._ledger.follow()
+        is_old = not self._store.database.alone and not 0 <= self._now() - self._looked_at < STRANGERS_EVERY
+        if some_are_gone or is_old:
+            await self._look_for_strangers()
+
     async def _claim_overdue(self, now: int) -> None:
         judged = {name: one for name, one in self._ledger.held().items() if not one.is_excused(now)}
         rooms = {name: room for name, one in judged.items() if (room := one.room(now)) > 0}
         unasked = [name for name, one in judged.items() if one.wait(now) > UNASKED_AFTER]
-        strangers = [name for name in self._strangers if self._shards.covers(name, now)]
+        strangers = [
+            name for name in self._strangers if name not in self._roster and self._shards.covers(name, now)
+        ]
         wanted = {**dict.fromkeys([*unasked, *strangers], OVERDUE), **rooms}
         overdue = await self._store.generations.claim_overdue(
             wanted, now=now, lease=uuid4().hex, lease_until=now + LEASE
@@ -218,13 +231,14 @@ class Poller:
     async def _begin(self, claimed: Sequence[Generation], *, asks: Collection[str]) -> None:
         """Visits what was claimed, and asks at those of its accounts that may be asked."""
         for one in claimed:
-            if one.account in asks and (one.job_id or one.claimed_job_id):
-                self.standings[one.account].budget.take(self._now())
+            standing = self._ledger.standings.get(one.account)
+            if standing is not None and one.account in asks and (one.job_id or one.claimed_job_id):
+                standing.budget.take(self._now())
         await self._ledger.count({one.account for one in claimed if one.account in asks})
         for one in claimed:
             # Claiming may have taken long, and the account may be another's by now, who finds it in time.
-            if self._ledger.holds(one.account):
-                standing = self.standings.get(one.account)
+            if self._shards.covers(one.account, self._now() + BEFORE_LOSS):
+                standing = self._ledger.standings.get(one.account)
                 if standing is not None:
                     standing.under_way += 1
                 self._spawn(self._visit(one, standing, asks=one.account in asks))
@@ -253,20 +267,20 @@ class Poller:
 
     async def _look(self, account: Account, job_id: str) -> Update:
         """Asks, and notes how the account is; the request is already booked."""
-        standing = self.standings[account.name]
+        standing = self.standing(account)
         try:
             reply = await self._asker.fetch(account, job_id)
             standing.budget.hear(reply.status, reply.headers, self._now())
             update = self._asker.read(account, reply)
         except ProviderError as error:
-            await self._ledger.learn(account.name, error)
+            await self._ledger.learn(account, error)
             raise
-        await self._ledger.learn(account.name, None)
+        await self._ledger.learn(account, None)
         return update
 
     async def _look_for_strangers(self) -> None:
         watched = await self._store.generations.watching_accounts()
-        self._strangers = [name for name in watched if name not in self._accounts]
+        self._strangers = [name for name in watched if name not in self._roster]
         self._looked_at = self._now()
 
     async def _ask(
@@ -276,9 +290,9 @@ class Poller:
         # Who waits for a refresh is told at once that the store takes nothing.
         kept_until = 0 if learned_by is LearnedBy.REFRESH else generation.due_at or 0
         job_id = generation.job_id or generation.claimed_job_id
-        account = self._accounts.get(generation.account)
+        account = await self._roster.seek(generation.account)
         if account is None:
-            error = ProviderError("unreachable", f"account {generation.account!r} is not configured any more")
+            error = ProviderError("unreachable", _gone(generation.account))
         elif job_id is not None and asks:
             try:
                 update = await self._look(account, job_id)
@@ -290,8 +304,8 @@ class Poller:
                 update = None
         if generation.job_id is None and job_id is not None and asks:
             generation, update = await self._check_claim(generation, job_id, update, missing)
-        if generation.account in self.standings:
-            generation = self.standings[generation.account].excuse(generation, now=self._now())
+        if account is not None:
+            generation = self.standing(account).excuse(generation, now=self._now())
         if self._is_over(generation, update):
             update, learned_by = generation.timed_out(), LearnedBy.DEADLINE
         asked = self._asked(generation, account, update, error=error, missing=missing)
@@ -301,7 +315,7 @@ class Poller:
             again=lambda: not self._stopping and self._now() < kept_until,
         )
         if after is not None and account is not None and after.known_at != generation.known_at:
-            self.standings[account.name].learn(after)
+            self.standing(account).learn(after)
         return after
 
     async def _check_claim(
@@ -378,7 +392,7 @@ class Poller:
     ) -> Ask:
         if account is None:
             return Ask(None if generation.ended else generation.deadline_at)
-        standing = self.standings[account.name]
+        standing = self.standing(account)
         if error is not None and standing.health.status is not Status.OK:
             # It keeps its place: what is wrong is not about this job, and the account's pause holds it.
             generation = replace(generation, errors=1)
@@ -392,6 +406,10 @@ class Poller:
             heard=heard,
             error=error,
         )
+
+
+def _gone(name: str) -> str:
+    return f"there is no account {accounts.shown(name)!r} any more"
 
 
 def _spread() -> float:

@@ -11,8 +11,8 @@ _BATCH = 500
 _IDEMPOTENCY = 86_400_000
 
 
-async def prune(store: Store, *, events: int, attempts: int, now: int) -> int:
-    """Removes what is older than `events` and `attempts` (milliseconds) and not on its way any more.
+async def prune(store: Store, *, events: int, attempts: int, audit: int, now: int) -> int:
+    """Removes what is older than `events`, `attempts` and `audit` (milliseconds) and not on its way any more.
 
     Idempotency keys go after a day. Returns how many rows went.
     """
@@ -21,6 +21,7 @@ async def prune(store: Store, *, events: int, attempts: int, now: int) -> int:
         await _drain(partial(retention.remove_attempts, before=now - attempts, limit=_BATCH))
         + await _drain(partial(retention.remove_events, before=now - events, limit=_BATCH))
         + await _drain(partial(retention.remove_generations, before=now - events, limit=_BATCH))
+        + await _drain(partial(retention.remove_audit, before=now - audit, limit=_BATCH))
         + await _drain(partial(retention.remove_idempotency_keys, before=now - _IDEMPOTENCY, limit=_BATCH))
     )
 

@@ -1,6 +1,7 @@
 """Fixtures: a relay, the provider simulator and a subscriber, each on a socket of its own."""
 
 import asyncio
+import gc
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -131,6 +132,22 @@ class World:
             async with self.running(network=network, **changes) as relay:
                 yield relay
 
+    async def key(self, relay: RunningRelay, *scopes: str, **fields: Any) -> dict[str, Any]:
+        """A new API key, as it is shown once."""
+        answer = await relay.api.post("/v1/keys", json={"scopes": scopes, **fields})
+        assert answer.status_code == 201, answer.text
+        return dict(answer.json())
+
+    async def client(self, relay: RunningRelay, key: str) -> httpx.AsyncClient:
+        """Who has this key."""
+        headers = {"authorization": f"Bearer {key}"}
+        client = httpx.AsyncClient(base_url=relay.origin, headers=headers, timeout=30)
+        return await self.stack.enter_async_context(client)
+
+    async def member(self, relay: RunningRelay, *scopes: str, **fields: Any) -> httpx.AsyncClient:
+        """Who has a new key with these scopes."""
+        return await self.client(relay, (await self.key(relay, *scopes, **fields))["key"])
+
     async def endpoint(self, relay: RunningRelay, path: str = "/", **fields: Any) -> dict[str, Any]:
         """Registers the subscriber, at one of its paths."""
         answer = await relay.api.post("/v1/endpoints", json={"url": self.subscriber.origin + path, **fields})
@@ -180,6 +197,16 @@ def server(own_cluster: Cluster) -> Iterator[Cluster]:
     if not own_cluster.is_running:
         own_cluster.start()
     own_cluster.set()
+
+
+@pytest.fixture
+def tidy() -> Iterator[None]:
+    """For tests of how long something takes: what else this process holds is not looked through for garbage
+    again and again, as it is not in a relay."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -14,7 +14,14 @@ from tests.conftest import ADMIN_KEY, RunningRelay, World
 URL = "https://hooks.example.com/relay"
 LARGEST_BODY = 1024 * 1024
 LISTS = ("/v1/endpoints", "/v1/generations", "/v1/events", "/v1/deliveries")
-PREFIXES = {"endpoints": "ep", "generations": "gen", "events": "evt", "deliveries": "dlv"}
+PREFIXES = {
+    "endpoints": "ep",
+    "generations": "gen",
+    "events": "evt",
+    "deliveries": "dlv",
+    "keys": "key",
+    "audit": "aud",
+}
 
 
 async def operations(relay: RunningRelay) -> list[tuple[str, str, dict[str, Any]]]:
@@ -64,7 +71,7 @@ async def test_every_operation_is_refused_without_the_key(world: World) -> None:
         for method, path, operation in await operations(relay):
             for headers in ({}, *({"authorization": value} for value in NOT_THE_KEY)):
                 answer = await stranger.request(
-                    method, path.format(id="x"), json=example(operation), headers=headers
+                    method, path.format(id="x", name="x"), json=example(operation), headers=headers
                 )
                 assert answer.status_code == 401, f"{method} {path} {headers}"
                 assert answer.headers["www-authenticate"].startswith("Bearer")
@@ -191,10 +198,14 @@ async def test_the_character_that_postgresql_has_not_is_refused_wherever_text_is
         for name in one.body.model_fields if one.body is not None else ():
             for value in ("a\0b", ["a\0b"]):
                 body = {**one.example, name: value}
-                answer = await relay.api.request(one.method, one.path.format(id=made["id"]), json=body)
+                answer = await relay.api.request(
+                    one.method, one.path.format(id=made["id"], name="luma"), json=body
+                )
                 assert answer.status_code in (404, 422), f"{one.method} {one.path} {name}: {answer.text}"
         for name in one.query.model_fields if one.query is not None else ():
-            answer = await relay.api.request(one.method, one.path.format(id="x"), params={name: "a\0"})
+            answer = await relay.api.request(
+                one.method, one.path.format(id="x", name="x"), params={name: "a\0"}
+            )
             assert answer.status_code == 422, f"{one.method} {one.path} {name}: {answer.text}"
 
 
@@ -228,6 +239,8 @@ async def test_a_list_refuses_what_it_does_not_know(world: World) -> None:
     for path, table in {
         "/v1/endpoints": PAGES,
         "/v1/accounts": PAGES,
+        "/v1/keys": PAGES,
+        "/v1/audit": PAGES | TIMES,
         "/v1/events": PAGES | TIMES,
         "/v1/generations": PAGES | TIMES | STATUS,
         "/v1/deliveries": PAGES | TIMES | STATUS,
@@ -296,6 +309,7 @@ def values(thing: Any) -> Iterator[tuple[str, Any]]:
 async def test_ids_tell_their_kind_and_times_are_rfc_3339_with_milliseconds(world: World) -> None:
     relay = await world.relay()
     await world.endpoint(relay)
+    await relay.api.post("/v1/keys", json={"scopes": ["read"]})
     await world.watch(relay, "luma", duration=0)
     await world.subscriber.got(1)
     delivered = await relay.eventually("/v1/deliveries?status=delivered", lambda page: page["data"])
@@ -307,7 +321,7 @@ async def test_ids_tell_their_kind_and_times_are_rfc_3339_with_milliseconds(worl
         assert data, kind
         assert all(re.fullmatch(rf"{prefix}_[0-9A-Z]{{26}}", one["id"]) for one in data), kind
         for name, value in values(data):
-            if (name.endswith("_at") or name == "timestamp") and value is not None:
+            if (name.endswith("_at") or name in ("at", "timestamp")) and value is not None:
                 assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", value), name
                 times += 1
     assert times >= 10

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import os
+import re
 import signal
+import sqlite3
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import yaml
 
 from relay.signature import headers, new_secret
+from relay.times import parse_rfc3339
 from tests.conftest import ADMIN_KEY, World
 from tests.postgres import Cluster
 from tests.serving import listener
@@ -59,7 +62,10 @@ def write(directory: Path, document: object) -> None:
         ("secret_key: ${file:/nowhere/key}", "secret_key: /nowhere/key cannot be read"),
         ({"secret_key": "s", "prot": 1}, "prot: there is no such key"),
         ({"secret_key": "s", "port": "many"}, "port: "),
-        ({"secret_key": "s", "admin_key": ""}, "admin_key: "),
+        *(
+            ({"secret_key": "s", "admin_key": key}, "admin_key: must be visible ASCII characters")
+            for key in ("", " ", "\t", "two words", "schlüssel")
+        ),
         ({"secret_key": "s", "database": "mysql://x"}, "database: "),
         ({"secret_key": "s", "database": "sqlite:////proc/none/relay.db"}, "database: "),
         ({"secret_key": "s", "delivery": {"timeout": 15}}, "delivery.timeout: write a duration"),
@@ -232,13 +238,105 @@ async def test_the_main_job_on_the_command_line(world: World) -> None:
         assert "PostgreSQL" in second.err
 
 
+async def test_keys_are_made_listed_and_revoked_beside_a_running_relay(
+    world: World, cluster: Cluster
+) -> None:
+    with listener() as bound:
+        port = bound.getsockname()[1]
+    remote = {"RELAY_URL": f"http://127.0.0.1:{port}"}
+    for database in (f"sqlite:///{world.directory}/relay.db", cluster.database()):
+        write(world.directory, world.document(port=port, database=database))
+
+        async def keys(*arguments: str, code: int = 0) -> Ended:
+            ended = await relay("keys", *arguments, cwd=world.directory)
+            assert ended.code == code, ended.err
+            return ended
+
+        async def lists(key: str, *, code: int) -> str:
+            ended = await relay("endpoints", "list", cwd=world.directory, RELAY_API_KEY=key, **remote)
+            assert ended.code == code, ended.err
+            return ended.err
+
+        before = await keys("create", "--name", "before the first start")
+        async with served(world.directory):
+            made = await keys("create", "--tenant", "acme", "--scope", "read,replay", "--scope", "write")
+            # KEY=$(relay keys create …) is the key; whatever there is to be said of it is said elsewhere.
+            key = made.out.removesuffix("\n")
+            assert re.fullmatch(r"rk_[0-9A-Z]{26}_[0-9A-Za-z]{43}", key)
+            assert key not in made.err
+            assert "tenant acme: read, write, replay, until it is revoked" in made.err
+            await lists(key, code=0)
+            await lists(before.out.strip(), code=0)
+            soon = json.loads((await keys("create", "--expires", "30d", "--rate-limit", "2.5", "--json")).out)
+            assert soon["key"].startswith("rk_")
+            assert (soon["scopes"], soon["rate_limit"]) == (["read", "write", "replay"], 2.5)
+            age = parse_rfc3339(soon["expires_at"]) - parse_rfc3339(soon["created_at"])
+            assert age == 30 * 86_400_000
+            listed = json.loads((await keys("list", "--json")).out)["data"]
+            assert [one["tenant"] for one in listed] == ["default", "acme", "default"]
+            [acme] = json.loads((await keys("list", "--tenant", "acme", "--json")).out)["data"]
+            table = (await keys("list")).out
+            assert all(one["id"] in table for one in listed)
+            assert key[-43:] not in table
+            # By its id, or by all of it where somebody has found it.
+            for one, text in ((acme["id"], key), (before.out.strip(), before.out.strip())):
+                revoked = await keys("revoke", one)
+                assert text not in revoked.err
+                assert "revoked at" in await lists(text, code=1)
+            assert "there is no key" in (await keys("revoke", "key_unknown", code=1)).err
+    cluster.drop(database)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--scope", "root"), "there is no root"),
+        (("--scope", "read,,"), "read, write, replay, admin"),
+        (("--tenant", "Acme"), "lower-case"),
+        (("--tenant", ""), "lower-case"),
+        (("--expires", "5 parsecs"), "30d"),
+        (("--expires", "2020-01-01T00:00:00Z"), "future"),
+        (("--expires", "0s"), "future"),
+        (("--rate-limit", "0"), "more than 0"),
+    ],
+)
+async def test_a_key_that_cannot_be_is_a_usage_error(
+    tmp_path: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    write(tmp_path, {"secret_key": "s" * 32})
+    ended = await relay("keys", "create", *arguments, cwd=tmp_path)
+    assert (ended.code, ended.out) == (2, "")
+    assert says in ended.err
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+async def test_no_key_is_made_in_half_a_copy(tmp_path: Path) -> None:
+    write(tmp_path, {"secret_key": "s" * 32})
+    assert (await relay("migrate", cwd=tmp_path)).code == 0
+    with closing(sqlite3.connect(tmp_path / "relay.db")) as file:
+        file.execute("INSERT INTO copies (id, source, position, began_at) VALUES ('cpy_1', 'x', '[]', 0)")
+        file.commit()
+    ended = await relay("keys", "create", cwd=tmp_path)
+    assert (ended.code, ended.out) == (2, "")
+    assert "did not end" in ended.err
+
+
+async def test_check_warns_of_an_admin_key_that_can_be_guessed(tmp_path: Path) -> None:
+    for key, warned in (("a" * 19, True), ("a" * 20, False)):
+        write(tmp_path, {"secret_key": "s" * 32, "admin_key": key})
+        ended = await relay("check", cwd=tmp_path)
+        assert ended.code == 0
+        assert ("admin_key: is shorter" in ended.out) is warned
+        assert key not in ended.out + ended.err
+
+
 async def test_a_generated_admin_key_is_printed_once_and_stored_as_a_hash(tmp_path: Path) -> None:
     write(tmp_path, {"secret_key": "s" * 32, "port": 0})
     async with served(tmp_path) as first:
         [key] = [word for word in first.heard.split() if word.startswith("rk_")]
     async with served(tmp_path) as second:
         assert "rk_" not in second.heard
-    assert key.encode() not in (tmp_path / "relay.db").read_bytes()
+    assert key[-43:].encode() not in (tmp_path / "relay.db").read_bytes()
 
 
 async def test_the_demo_ends_well(tmp_path: Path) -> None:

@@ -25,10 +25,12 @@ from relay.generation import Status as Is
 from relay.generation import Update
 from relay.prune import prune
 from relay.store import Store, open_database, store_on
+from relay.store.audit import Entry
 from relay.store.events import Publication
 from relay.store.generations import Hint, Watch
 from relay.store.idempotency import Idempotency
 from tests.conftest import Clock
+from tests.keyring import KEYRING
 from tests.postgres import Cluster
 from tests.test_store import (
     BROKEN,
@@ -38,7 +40,9 @@ from tests.test_store import (
     NOW,
     SECOND,
     TENANT,
+    YEAR,
     a_generation,
+    a_key,
     an_endpoint,
     an_event,
     announced,
@@ -72,7 +76,7 @@ async def relays(url: str) -> AsyncIterator[Sequence[Store]]:
         for _ in range(4):
             database = await open_database(url)
             stack.push_async_callback(database.close)
-            stores.append(store_on(database))
+            stores.append(store_on(database, KEYRING))
         await asyncio.gather(*(one.tenants.found(TENANT, "whsec_of_the_tenant", now=NOW) for one in stores))
         yield stores
 
@@ -480,7 +484,7 @@ async def test_rotations_and_changes_at_once_all_happen(url: str, relays: Sequen
     await all_at_once(url, lock, *works, values=[made.id])
     after = await relays[0].endpoints.get(TENANT, made.id)
     assert after is not None
-    assert {after.secret, after.previous_secret} == {"whsec_2", "whsec_3"}
+    assert {one.symmetric for one in after.secrets} == {"whsec_1", "whsec_2", "whsec_3"}
     assert (after.description, after.rate_limit) == ("d", 2.5)
 
 
@@ -495,8 +499,8 @@ async def test_what_is_deleted_stays_disabled_however_it_is_enabled_at_that_mome
     ]
     lock = "SELECT 1 FROM endpoints WHERE id = $1 FOR UPDATE"
     await all_at_once(url, lock, *works, values=[made.id])
-    [row] = await rows(relays[0], "SELECT deleted_at, disabled_at, secret FROM endpoints")
-    assert (row["deleted_at"], row["disabled_at"] is None, row["secret"]) == (NOW + 1, False, "")
+    [row] = await rows(relays[0], "SELECT deleted_at, disabled_at, secrets FROM endpoints")
+    assert (row["deleted_at"], row["disabled_at"] is None, row["secrets"]) == (NOW + 1, False, "")
 
 
 @pytest.mark.parametrize("verb", ["disable", "delete"])
@@ -531,7 +535,7 @@ async def test_nothing_is_signed_with_the_secret_of_an_endpoint_that_is_deleted_
     async with holding(url, "LOCK TABLE tenants IN ACCESS EXCLUSIVE MODE") as other:
         await other.execute(
             """
-            UPDATE endpoints SET deleted_at = 1, disabled_at = 1, disabled_reason = 'deleted', secret = ''
+            UPDATE endpoints SET deleted_at = 1, disabled_at = 1, disabled_reason = 'deleted', secrets = ''
             """
         )
         claiming = asyncio.create_task(claimed_deliveries(relays[0]))
@@ -814,15 +818,56 @@ async def test_many_relays_remove_what_is_old_at_once_while_it_is_replayed(relay
                 replayed.add(one.id)
 
     await asyncio.gather(
-        *(prune(relay, events=30 * DAY, attempts=30 * DAY, now=NOW) for relay in relays),
+        *(prune(relay, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW) for relay in relays),
         *(replay(relay, handed_over[-number - 1 :: -40]) for number, relay in enumerate(relays)),
     )
     assert replayed
     left = await rows(relays[0], "SELECT id, event_id, status FROM deliveries")
     assert {row["id"] for row in left if row["status"] == "pending"} == replayed
-    await prune(relays[0], events=30 * DAY, attempts=30 * DAY, now=NOW)
+    await prune(relays[0], events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW)
     assert {row["id"] for row in await rows(relays[0], "SELECT id FROM deliveries")} == replayed
     assert await count(relays[0], "events") == len(replayed)
+
+
+# Keys.
+
+
+async def test_of_relays_that_revoke_a_key_at_once_one_puts_it_on_record(relays: Sequence[Store], url: str):
+    made = await relays[0].keys.create(a_key())
+    entry = Entry(TENANT, NOW, "cli", "key.revoked", made.id)
+    revoked = [relay.keys.revoke(TENANT, made.id, now=NOW, entry=entry) for relay in relays]
+    assert await all_at_once(url, "LOCK TABLE keys IN SHARE MODE", *revoked) == [True] * 4
+    assert await count(relays[0], "audit") == 1
+
+
+async def test_of_relays_that_are_asked_for_the_same_key_at_once_one_makes_it(
+    relays: Sequence[Store], url: str
+):
+    wishes = [a_key() for _ in relays]
+    entries = [Entry(TENANT, NOW, "cli", "key.created", key.id) for key in wishes]
+    made = await all_at_once(
+        url,
+        "LOCK TABLE idempotency_keys IN SHARE MODE",
+        *(
+            relay.keys.create(key, KEY, entry=entry)
+            for relay, key, entry in zip(relays, wishes, entries, strict=True)
+        ),
+    )
+    [key] = await relays[0].keys.all(None)
+    assert made == [key] * 4
+    assert await rows(relays[0], "SELECT object FROM audit") == [{"object": key.id}]
+
+
+async def test_relays_that_write_down_the_uses_of_the_same_keys_at_once_keep_the_latest(
+    relays: Sequence[Store], url: str
+):
+    ids = [(await relays[0].keys.create(a_key())).id for _ in range(20)]
+    uses = [
+        relay.keys.used({id_: NOW + number for id_ in ids[:: (-1) ** number]})
+        for number, relay in enumerate(relays)
+    ]
+    assert await all_at_once(url, "LOCK TABLE keys IN SHARE MODE", *uses) == [None] * 4
+    assert {key.last_used_at for key in await relays[0].keys.all(None)} == {NOW + 3}
 
 
 # The first start.

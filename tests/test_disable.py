@@ -8,7 +8,7 @@ import pytest
 from standardwebhooks import Webhook
 
 from relay.delivery import Answer, Claimed, Code, Settlement, settle
-from relay.endpoint import Endpoint
+from relay.endpoint import Endpoint, Secret
 from relay.event import published
 from relay.signature import new_secret
 from relay.store import open_database, store_on
@@ -17,6 +17,7 @@ from relay.store.migrate import migrate
 from relay.store.tenants import DEFAULT
 from relay.times import parse_rfc3339
 from tests.conftest import RunningRelay, World
+from tests.keyring import KEYRING
 
 DAY = 86_400
 # A retry now and then for longer than the five days.
@@ -197,10 +198,11 @@ async def test_a_success_among_failures_that_are_written_together_starts_the_fiv
     database = await open_database(database_url)
     try:
         await migrate(database, now=0)
-        store = store_on(database)
+        store = store_on(database, KEYRING)
         await store.tenants.found(DEFAULT, new_secret(), now=0)
+        secrets = (Secret(new_secret()),)
         ill = Endpoint(
-            "ep_1", DEFAULT, "https://a.test/", new_secret(), created_at=0, updated_at=0, event_types=("a.b",)
+            "ep_1", DEFAULT, "https://a.test/", secrets, created_at=0, updated_at=0, event_types=("a.b",)
         )
         await store.endpoints.create(ill, None)
         events = [published(DEFAULT, "a.b", {}, None, now=0) for _ in range(3)]

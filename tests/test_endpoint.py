@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.endpoint import Endpoint, canonical_url, header_problem
+from relay.endpoint import Endpoint, Secret, canonical_url, header_problem
 from relay.event import Event
 
 NETWORKS = [ip_network("10.0.0.0/8"), ip_network("fd00::/8")]
@@ -127,7 +127,9 @@ def test_any_text_is_a_url_in_its_one_spelling_or_refused(text):
     assert canonical(stored) == stored
 
 
-ENDPOINT = Endpoint(id="ep_1", tenant="t", url="https://a.test/", secret="new", created_at=0, updated_at=0)
+ENDPOINT = Endpoint(
+    id="ep_1", tenant="t", url="https://a.test/", secrets=(Secret("new"),), created_at=0, updated_at=0
+)
 
 
 def event(type_: str, account: str | None = "luma") -> Event:
@@ -178,8 +180,9 @@ def test_an_endpoint_wants_its_accounts_and_without_any_all(accounts, account, w
     ],
 )
 def test_after_a_rotation_the_old_secret_signs_second_until_it_expires(previous, expires_at, secrets):
-    endpoint = replace(ENDPOINT, previous_secret=previous, previous_secret_expires_at=expires_at)
-    assert endpoint.secrets(500) == secrets
+    older = [Secret(previous, expires_at=expires_at)] if previous else []
+    endpoint = replace(ENDPOINT, secrets=(Secret("new"), *older))
+    assert endpoint.signing(500) == secrets
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from relay.store.database import Database, Transaction, expand
 from relay.store.events import Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
 from relay.store.idempotency import Idempotency
+from tests.keyring import KEYRING
 from tests.postgres import Cluster
 from tests.test_store import (
     BROKEN,
@@ -40,7 +41,7 @@ from tests.test_store import (
 pytestmark = pytest.mark.xdist_group("explain")  # the tables are filled once
 
 COUNT = 100_000
-BIG = {"generations", "events", "deliveries", "attempts", "idempotency_keys"}
+BIG = {"generations", "events", "deliveries", "attempts", "idempotency_keys", "keys", "audit"}
 HALF, OLD, ENDPOINTS = COUNT // 2, COUNT // 10, 20
 NUMBER = "SUBSTR(CAST(10000000000 + i AS TEXT), 2)"
 OPEN = f"i > {HALF}"
@@ -73,6 +74,14 @@ FILLED: Mapping[str, Mapping[str, str]] = {
     },
     "attempts": {"delivery_id": f"'dlv_' || {NUMBER}"},
     "idempotency_keys": {"key": "'key-' || i", "created_at": "i"},
+    # One tenant in a hundred thousand rows of others, and with few of its own.
+    "keys": {"tenant": f"CASE WHEN i <= {OLD} THEN :tenant ELSE 'neighbour-' || (i % 7) END"},
+    "audit": {
+        "tenant": f"CASE WHEN i <= {OLD} THEN :tenant ELSE 'neighbour-' || (i % 7) END",
+        "actor": "'key_' || (i % 50)",
+        "action": "CASE WHEN i % 2000 = 1 THEN 'key.revoked' ELSE 'endpoint.tested' END",
+        "object": "'ep_' || (i % 300)",
+    },
 }
 
 
@@ -85,7 +94,7 @@ async def fill(url: str) -> None:
                 row = {name: f":{name}" for name in ROWS[table]} | computed
                 if "id" in row:
                     row["id"] = f"'{ROWS[table]['id'][:4]}' || {NUMBER}"
-                values = {name: value for name, value in ROWS[table].items() if row[name] == f":{name}"}
+                values = {name: value for name, value in ROWS[table].items() if f":{name}" in row[name]}
                 await tx.execute(
                     f"""
                     WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {COUNT})
@@ -404,6 +413,25 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
             rows=1000,
         ),
     ),
+    "who is asking": (
+        lambda store: store.keys.find(row("key", 1)),
+        Expected(set(), rows=1),
+    ),
+    "when keys were used": (
+        lambda store: store.keys.used({row("key", number): NOW for number in range(9)}),
+        Expected(set(), rows=1),
+    ),
+    "revoke a key": (
+        lambda store: store.keys.revoke(TENANT, row("key", 1), now=NOW),
+        Expected(set(), rows=1),
+    ),
+    "prune the audit log": (
+        lambda store: store.retention.remove_audit(**REMOVE),
+        Expected(
+            {"SEARCH audit (id<?)"},
+            rows=1000,
+        ),
+    ),
     "prune idempotency keys": (
         lambda store: store.retention.remove_idempotency_keys(**REMOVE),
         Expected(
@@ -421,7 +449,7 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
 @pytest.mark.parametrize("query", QUERIES)
 async def test_a_query_searches_an_index_and_never_scans_a_big_table(explaining: Explaining, query: str):
     run, expected = QUERIES[query]
-    await run(store_on(explaining))
+    await run(store_on(explaining, KEYRING))
     assert explaining.complaints(expected) == []
 
 
@@ -443,6 +471,11 @@ RANGES: Sequence[tuple[str, dict[str, Any], str]] = [
         ("generations", {"account": name}, "generations_of_an_account")
         for name in ("old", "account-1", "none")
     ),
+    ("keys", {}, "keys_of_a_tenant"),
+    ("audit", {}, "audit_of_a_tenant"),
+    *(("audit", {"actor": name}, "audit_of_an_actor") for name in ("key_1", "none")),
+    *(("audit", {"action": name}, "audit_of_an_action") for name in ("key.revoked", "none")),
+    *(("audit", {"object": name}, "audit_of_an_object") for name in ("ep_1", "none")),
     *(
         ("generations", {"status": name}, "generations_by_status")
         for name in ("queued", "failed", "canceled")
@@ -471,7 +504,10 @@ WALKS: Sequence[tuple[str, dict[str, Any]]] = [
 
 def pages(noun: str, filters: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str | None]]:
     """Also with times and a cursor, behind which are as many rows as before it."""
-    prefix = {"generations": "gen", "events": "evt", "deliveries": "dlv"}[noun]
+    prefix = ROWS[noun]["id"].split("_")[0]
+    if noun == "keys":
+        yield from ((filters, None), (filters, row(prefix, COUNT // 2)))
+        return
     for times in ({}, {"since": 0}, {"until": NOW}, {"since": 0, "until": NOW}):
         for cursor in (None, row(prefix, COUNT // 2)):
             yield {**filters, **times}, cursor
@@ -483,7 +519,7 @@ async def test_a_list_of_few_looks_them_up_and_sorts_them(
 ):
     for given, cursor in pages(noun, filters):
         once = explaining.anew()
-        await getattr(store_on(once), noun).page(TENANT, given, limit=50, cursor=cursor)
+        await getattr(store_on(once, KEYRING), noun).page(TENANT, given, limit=50, cursor=cursor)
         assert once.complaints(Expected(searches, rows=10, sorts=True)) == [], given
 
 
@@ -493,7 +529,8 @@ async def test_a_list_that_has_an_index_is_a_range_of_it_however_rare_and_old_it
 ):
     for given, cursor in pages(noun, filters):
         once = explaining.anew()
-        await getattr(store_on(once), noun).page(TENANT, given, limit=50, cursor=cursor)
+        asked = (TENANT,) if noun == "keys" else (TENANT, given)
+        await getattr(store_on(once, KEYRING), noun).page(*asked, limit=50, cursor=cursor)
         # Each delivery with its event.
         assert once.complaints(Expected(None, rows=2 * 51, indexes={index})) == [], given
 
@@ -504,7 +541,7 @@ async def test_any_other_list_stops_at_its_limit_rather_than_sorting_everything(
 ):
     for given, cursor in pages(noun, filters):
         once = explaining.anew()
-        await getattr(store_on(once), noun).page(TENANT, given, limit=50, cursor=cursor)
+        await getattr(store_on(once, KEYRING), noun).page(TENANT, given, limit=50, cursor=cursor)
         # At least every twentieth row is one that is looked for.
         assert once.complaints(Expected(None, rows=20 * 2 * 51)) == [], given
 
@@ -513,7 +550,7 @@ async def test_any_other_list_stops_at_its_limit_rather_than_sorting_everything(
 
 
 async def test_writing_what_happened_looks_everything_up(explaining: Explaining):
-    store, explained = store_on(explaining.database), store_on(explaining)
+    store, explained = store_on(explaining.database, KEYRING), store_on(explaining, KEYRING)
     claim = CLAIM | {"lease": new_id("lease", NOW)}
     [one] = await store.deliveries.claim({"ep_1": 1}, **claim)
     [made] = await store.generations.claim({"account-1": 1}, **claim)

@@ -19,7 +19,7 @@ from relay import deliver, event, lane, signature
 from relay.app import running
 from relay.config import read_config
 from relay.delivery import Claimed, Status
-from relay.endpoint import Endpoint
+from relay.endpoint import Endpoint, Secret
 from relay.ids import new_id
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Handoff, Publication
@@ -110,7 +110,7 @@ class Stage:
             id=new_id("ep", self.clock()),
             tenant=DEFAULT,
             url=self.sink.origin + path,
-            secret=signature.new_secret(),
+            secrets=(Secret(signature.new_secret()),),
             created_at=self.clock(),
             updated_at=self.clock(),
             event_types=("for" + path.replace("/", "."),),

@@ -169,7 +169,13 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     await walk("GET", "/v1/events/{id}", event)
     await walk("POST", "/v1/events", json={"type": "order.shipped", "data": {"order": 42}})
     await walk("POST", "/v1/events", json={"type": "order.shipped", "data": 42})
-    for path in ("endpoints", "generations", "events", "deliveries", "accounts"):
+    asked = {"json": {"scopes": ["read"], "rate_limit": 0.001}, "headers": {"idempotency-key": "of a key"}}
+    made, again = await walk("POST", "/v1/keys", **asked), await walk("POST", "/v1/keys", **asked)
+    assert again == made | {"key": None}
+    reader = {"headers": {"authorization": f"Bearer {made['key']}"}}
+    for path in ("/v1/signing-secret", "/v1/signing-secret"):  # forbidden, then too often
+        await walk("GET", path, **reader)
+    for path in ("endpoints", "generations", "events", "deliveries", "accounts", "keys", "audit"):
         assert (await walk("GET", f"/v1/{path}"))["data"], path
         await walk("GET", f"/v1/{path}", params={"limit": "x"})
     await walk("POST", "/v1/generations/{id}/refresh", generation)
@@ -193,6 +199,10 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     await walk("DELETE", "/v1/endpoints/{id}", endpoint)
     await walk("POST", "/v1/endpoints", json={"url": "ftp://x.example"})
     await walk("POST", "/v1/endpoints", content=b" " * (1024 * 1024 + 1))
+    await walk("POST", "/v1/keys", json={"scopes": ["read"], "expires_at": "2020-01-01T00:00:00Z"})
+    await walk("GET", "/v1/keys/{id}", made["id"])
+    await walk("DELETE", "/v1/keys/{id}", made["id"])
+    await walk("GET", "/v1/keys", **reader)
     await walk("GET", "/healthz")
     await walk("GET", "/readyz")
     assert walk.left == set()

@@ -33,6 +33,7 @@ from relay.store.generations import Watch
 from relay.store.tenants import DEFAULT
 from relay.times import parse_rfc3339
 from tests.conftest import RunningRelay, World
+from tests.keyring import KEYRING
 from tests.serving import serving
 
 PROVIDERS = ["pixellabs", "vivix", "pictory", "luma"]
@@ -331,7 +332,7 @@ async def test_an_unknown_status_is_warned_of_once_and_ends_at_the_deadline(
     relay = await world.relay()
     await world.endpoint(relay)
     # The progress of PixelLabs goes on: that is news, but it is not again a word that nobody knows.
-    plan = {"duration": 2, "status": "hibernating"}
+    plan = {"duration": 30, "status": "hibernating"}
     watched = {provider: await world.watch(relay, provider, **plan) for provider in PROVIDERS}
     with caplog.at_level(logging.WARNING, logger="relay"):
         await until(lambda: all(len(asks(world, one["job_id"])) >= 5 for one in watched.values()))
@@ -649,7 +650,7 @@ async def test_what_others_drew_from_an_account_is_counted_and_survives_a_restar
 
     async with world.running() as relay:
         await used(relay, 0)
-        database = sqlite3.connect(world.directory / "relay.db")
+        database = sqlite3.connect(world.directory / "relay.db", timeout=30)
         with database:
             database.execute("UPDATE accounts SET lent = lent - 7 WHERE name = 'luma'")
         database.close()
@@ -669,7 +670,7 @@ async def test_a_request_of_a_day_is_written_down_before_it_is_made(database_url
             watched = await world.watch(relay, "vivix", duration=1e6)
             await until(lambda made=made: len(requests) > made)
             made = len(requests)
-            kept = await store_on(database).accounts.kept()
+            kept = await store_on(database, KEYRING).accounts.kept()
             assert kept["vivix"].state["budget"]["used_today"] >= made
             await relay.api.post(f"/v1/generations/{watched['id']}/refresh")
         await database.close()

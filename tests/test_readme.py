@@ -18,7 +18,7 @@ def test_the_pictures_of_the_states_are_the_tables_of_moves():
 
 def test_the_example_configuration_loads_and_shows_every_key():
     names = re.findall(r"\$\{(\w+)\}", re.sub(r"#.*", "", EXAMPLE.read_text("utf-8")))
-    environment = {name: f"the {name}" for name in names}
+    environment = {name: f"the-{name}" for name in names}
     settings = config.load_config(EXAMPLE, environment)
     document = yaml.safe_load(EXAMPLE.read_text("utf-8"))
     assert set(document) == set(config.Settings.model_fields)

@@ -15,6 +15,7 @@ from relay.shard import FOREVER, SHARDS, Held, shard_of, share
 from relay.store import Store, open_database, store_on
 from relay.store.migrate import migrate
 from relay.store.shards import Shards
+from tests.keyring import KEYRING
 
 NOW = 1_700_000_000_000
 LEASE = 20_000
@@ -25,7 +26,7 @@ NAMES = [f"ep_{number}" for number in range(500)]
 async def store(database_url: str) -> AsyncIterator[Store]:
     database = await open_database(database_url)
     await migrate(database, now=0)
-    yield store_on(database)
+    yield store_on(database, KEYRING)
     await database.close()
 
 
@@ -222,7 +223,7 @@ async def eventually_held(one: Member, count: int, *others: Member) -> None:
 async def test_a_relay_that_can_only_be_alone_holds_everything_for_ever(tmp_path):
     database = await open_database(f"sqlite:///{tmp_path}/relay.db")
     await migrate(database, now=0)
-    alone = member(store_on(database), "a", Time())
+    alone = member(store_on(database, KEYRING), "a", Time())
     await alone.holder.start()
     assert alone.held.covers("anything", FOREVER)
     assert [set(one) for one in alone.taken] == [set(range(SHARDS))]
@@ -234,7 +235,7 @@ async def test_a_relay_that_can_only_be_alone_holds_everything_for_ever(tmp_path
 async def shared(cluster) -> AsyncIterator[Store]:
     url = cluster.database()
     database = await open_database(url)
-    yield store_on(database)
+    yield store_on(database, KEYRING)
     await database.close()
     cluster.drop(url)
 

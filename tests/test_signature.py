@@ -146,3 +146,41 @@ def test_ours_accepts_what_the_official_python_signer_made(case):
     secrets, id_, body = case
     token = standardwebhooks.Webhook(secrets[0]).sign(id_, datetime.fromtimestamp(AT, UTC), body.decode())
     signature.verify(secrets[0], id_, str(AT), token, body, now=AT)
+
+
+# Ed25519: the vector of the Svix server's tests, which is the example in the specification too.
+VECTOR_C = (
+    "whsk_6Xb/dCcHpPea21PS1N9VY/NZW723CEc77N4rJCubMbfVKIDij2HKpMKkioLlX0dRqSKJp4AJ6p9lMicMFs6Kvg==",
+    "v1a,hnO3f9T8Ytu9HwrXslvumlUpqtNVqkhqw/enGzPCXe5BdqzCInXqYXFymVJaA7AZdpXwVLPo3mNl8EM+m7TBAg==",
+)
+
+
+def test_the_published_ed25519_vector():
+    private, token = VECTOR_C
+    id_, at, body = "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}'
+    assert signature.sign(private, id_, at, body) == token
+    public = signature.public_key(private)
+    signature.verify(public, id_, str(at), f"v1,AAAA {token}", body, now=at)
+    for wrong in (body + b" ", b""):
+        with pytest.raises(signature.BadSignature):
+            signature.verify(public, id_, str(at), token, wrong, now=at)
+
+
+@pytest.mark.parametrize("token", ["", "v1a,", "v1a,AAAA", "v1a,!", "v1,AAAA", "v1a", VECTOR_C[1][4:]])
+def test_what_is_no_ed25519_signature_is_refused(token):
+    with pytest.raises(signature.BadSignature):
+        signature.verify(signature.public_key(VECTOR_C[0]), "m", str(AT), token, b"", now=AT)
+
+
+@pytest.mark.parametrize("public", ["whpk_", "whpk_AAAA", "whpk_!", "whpk_" + "A" * 44])
+def test_what_is_no_public_key_is_refused(public):
+    with pytest.raises(ValueError, match="whpk_"):
+        signature.verify(public, "m", str(AT), "v1a,AAAA", b"", now=AT)
+
+
+def test_new_private_keys_differ_and_carry_their_public_half():
+    one, other = signature.new_private_key(), signature.new_private_key()
+    assert one != other
+    raw = base64.b64decode(one.removeprefix("whsk_"))
+    assert len(raw) == 64
+    assert signature.public_key(one) == "whpk_" + base64.b64encode(raw[32:]).decode()

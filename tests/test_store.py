@@ -12,23 +12,26 @@ import pytest
 
 from relay import event
 from relay.delivery import Answer, Claimed, Code, Settlement, Status, Trigger
-from relay.endpoint import Endpoint
+from relay.endpoint import Endpoint, Secret
 from relay.errors import ConfigError, Conflict, Invalid, NotFound, Refused, StoreError
 from relay.generation import Generation, LearnedBy, Output, Update
 from relay.generation import Status as Is
 from relay.hints import Turns, pause
 from relay.ids import new_id
+from relay.key import Key, Scope
 from relay.prune import prune
 from relay.schedule import CALLED, LEAST_RATE, Ask, Asked
 from relay.store import Store, open_database, store_on
+from relay.store.audit import Entry, note
 from relay.store.events import Change, Handoff, Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
 from relay.store.idempotency import Idempotency
 from relay.store.migrate import migrate, pending
+from tests.keyring import KEYRING
 from tests.postgres import Cluster
 
 NOW = 1_800_000_000_000
-SECOND, DAY = 1_000, 86_400_000
+SECOND, DAY, YEAR = 1_000, 86_400_000, 365 * 86_400_000
 TENANT = "default"
 NOTHING_HANDED_OVER = Handoff("", NOW, lambda destination, size: False)
 DONE = Update(status=Is.COMPLETED, provider_status="completed", outputs=(Output("https://a.test/1.png"),))
@@ -40,7 +43,7 @@ LATE = Update(status=Is.TIMED_OUT)
 async def opened(url: str) -> AsyncIterator[Store]:
     database = await open_database(url)
     try:
-        yield store_on(database)
+        yield store_on(database, KEYRING)
     finally:
         await database.close()
 
@@ -72,7 +75,7 @@ def a_generation(job_id: str | None = "job-1", *, at: int = NOW, **changes: Any)
 
 def an_endpoint(*, at: int = NOW, **changes: Any) -> Endpoint:
     made = Endpoint(
-        id=new_id("ep", at), tenant=TENANT, url="https://a.test/", secret="whsec_1",
+        id=new_id("ep", at), tenant=TENANT, url="https://a.test/", secrets=(Secret("whsec_1"),),
         event_types=[], accounts=[], created_at=at, updated_at=at,
     )  # fmt: skip
     return replace(made, **changes)
@@ -193,10 +196,14 @@ async def endpoint_of(store: Store, one: Claimed) -> Endpoint:
 # What is impossible, the database refuses.
 
 ROWS: dict[str, dict[str, Any]] = {
-    "keys": {"id": "key_1", "tenant": "t", "name": "n", "hash": "h", "created_at": 1},
+    "keys": {"id": "key_1", "tenant": "t", "scopes": "read", "hash": "h", "created_at": 1},
+    "audit": {
+        "id": "aud_1", "tenant": "t", "at": 1, "actor": "cli", "action": "key.created", "object": "key_1",
+        "details": '{"fields": []}',
+    },
     "endpoints": {
         "id": "ep_1", "tenant": "t", "url": "https://a.test/", "event_types": "[]", "accounts": "[]",
-        "headers": "{}", "metadata": "{}", "secret": "s", "created_at": 1, "updated_at": 1,
+        "headers": "", "metadata": "{}", "secrets": "s", "created_at": 1, "updated_at": 1,
     },
     "generations": {
         "id": "gen_1", "tenant": "t", "account": "a", "provider": "p", "job_id": "j", "status": "queued",
@@ -245,8 +252,6 @@ async def test_a_row_that_is_possible_is_taken(store: Store, table: str):
     [
         ("endpoints", {"disabled_at": 1}, "disabled_endpoints_have_a_reason"),
         ("endpoints", {"disabled_reason": "why"}, "disabled_endpoints_have_a_reason"),
-        ("endpoints", {"previous_secret": "s"}, "previous_secrets_expire"),
-        ("endpoints", {"previous_secret_expires_at": 1}, "previous_secrets_expire"),
         ("generations", {"status": "lost", "due_at": None, "known_at": 1}, "generation_status_is_known"),
         ("generations", {"status": "completed", "known_at": 1}, "only_unfinished_generations_are_polled"),
         ("generations", {"status": "queued", "due_at": None}, "open_generations_are_due"),
@@ -276,7 +281,7 @@ async def test_an_impossible_row_is_refused_by_name(
     ("table", "changes", "refusal"),
     # In the words of SQLite, or else of PostgreSQL.
     [
-        ("keys", {"id": "key_2"}, "keys.hash|keys_are_known_by_their_hash"),
+        ("keys", {"hash": "h2"}, "keys.id|keys_pkey"),
         ("generations", {"id": "gen_2"}, "generations.job_id|a_job_is_watched_once"),
         ("events", {"id": "evt_2", "source_id": None}, "events.announces|each_status_is_announced_once"),
         (
@@ -421,7 +426,7 @@ async def test_what_is_wrong_with_one_row_is_no_general_failure(store: Store, ch
     await insert(store, "endpoints", id="ep_3")
 
 
-# Tenants and keys.
+# Tenants.
 
 
 async def test_a_tenant_keeps_its_first_secret(store: Store):
@@ -429,12 +434,94 @@ async def test_a_tenant_keeps_its_first_secret(store: Store):
     assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
 
 
-async def test_a_key_is_known_by_its_hash(store: Store):
-    assert not await store.tenants.has_keys()
-    await store.tenants.add_key("key_1", TENANT, "admin", "hash", now=NOW)
-    assert await store.tenants.has_keys()
-    assert await store.tenants.key_tenant("hash") == TENANT
-    assert await store.tenants.key_tenant("other") is None
+# Keys.
+
+
+def a_key(*, at: int = NOW, **changes: Any) -> Key:
+    made = Key(new_id("key", at), TENANT, None, (Scope.READ, Scope.REPLAY), "hash", at)
+    return replace(made, **changes)
+
+
+async def test_a_key_comes_back_as_it_was_made(store: Store):
+    whole = {"name": "n", "expires_at": NOW + 1, "revoked_at": NOW, "last_used_at": NOW, "rate_limit": 0.5}
+    for made in (a_key(), a_key(**whole), a_key(scopes=tuple(Scope))):
+        assert await store.keys.create(made) == made
+        assert await store.keys.find(made.id) == made == await store.keys.get(TENANT, made.id)
+        assert await store.keys.get("another tenant", made.id) is None
+    assert await store.keys.find("key_unknown") is None
+
+
+async def test_keys_are_listed_by_tenant_newest_first(store: Store):
+    mine = [await store.keys.create(a_key(at=NOW + n)) for n in range(5)]
+    other = await store.keys.create(a_key(tenant="another tenant"))
+    assert await store.keys.page(TENANT, limit=3, cursor=None) == mine[:1:-1]
+    assert await store.keys.page(TENANT, limit=9, cursor=mine[2].id) == mine[1::-1]
+    assert await store.keys.page("another tenant", limit=9, cursor=None) == [other]
+    assert await store.keys.all(TENANT) == mine[::-1]
+    assert set(await store.keys.all(None)) == {*mine, other}
+
+
+async def test_only_its_tenant_revokes_a_key_and_the_first_time_counts(store: Store):
+    made = await store.keys.create(a_key())
+    entry = Entry(TENANT, NOW, "cli", "key.revoked", made.id)
+    assert not await store.keys.revoke("another tenant", made.id, now=NOW, entry=entry)
+    assert not await store.keys.revoke(TENANT, "key_unknown", now=NOW, entry=entry)
+    assert await store.audit.page(TENANT, {}, limit=9, cursor=None) == []
+    for now in (NOW + 1, NOW + 2):
+        assert await store.keys.revoke(TENANT, made.id, now=now, entry=entry)
+    assert await store.keys.find(made.id) == replace(made, revoked_at=NOW + 1)
+    assert [one.entry for one in await store.audit.page(TENANT, {}, limit=9, cursor=None)] == [entry]
+
+
+async def test_when_a_key_was_used_only_goes_forward(store: Store):
+    one, other, unused = [await store.keys.create(a_key()) for _ in range(3)]
+    await store.keys.used({one.id: NOW + 5, other.id: NOW + 1, "key_unknown": NOW})
+    await store.keys.used({one.id: NOW + 4, other.id: NOW + 2})
+    found = [await store.keys.find(key.id) for key in (one, other, unused)]
+    assert [key.last_used_at for key in found] == [NOW + 5, NOW + 2, None]
+
+
+async def test_the_first_key_is_the_first_of_all_tenants(store: Store):
+    assert not await store.keys.any()
+    await store.keys.create(a_key(tenant="another tenant"))
+    assert await store.keys.any()
+    assert not await store.keys.create_first(a_key())
+    assert await store.keys.all(TENANT) == []
+
+
+# The audit log.
+
+
+async def test_an_entry_comes_back_as_it_was_written_and_to_its_tenant_only(store: Store):
+    entries = [
+        Entry(TENANT, NOW, "cli", "key.created", "key_1"),
+        Entry(TENANT, NOW + 1, "key_1", "endpoint.changed", "ep_1", "2001:db8::1", ("metadata", "url")),
+        Entry("another tenant", NOW + 2, "cli", "key.created", "key_2", "address"),
+    ]
+    for entry in entries:
+        await store.audit.add(replace(entry, fields=entry.fields[::-1]))
+    found = await store.audit.page(TENANT, {}, limit=9, cursor=None)
+    assert [one.entry for one in found] == entries[1::-1]
+    [other] = await store.audit.page("another tenant", {}, limit=9, cursor=None)
+    assert other.entry == entries[2]
+
+
+async def test_an_entry_is_rolled_back_with_what_it_tells_of(store: Store):
+    entry = Entry(TENANT, NOW, "cli", "key.created", "key_1")
+    with pytest.raises(KeyError):
+        async with store.database.write() as tx:
+            await note(tx, entry)
+            raise KeyError
+    await store.database.probe()
+    assert await store.audit.page(TENANT, {}, limit=9, cursor=None) == []
+
+
+async def test_the_audit_log_is_removed_with_its_age(store: Store):
+    for age in (366, 365, 364, 0):
+        await store.audit.add(Entry(TENANT, NOW - age * DAY, "cli", "key.created", f"key_{age}"))
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW)
+    left = await store.audit.page(TENANT, {}, limit=9, cursor=None)
+    assert [one.entry.object for one in left] == ["key_0", "key_364", "key_365"]
 
 
 # Endpoints.
@@ -443,7 +530,8 @@ async def test_a_key_is_known_by_its_hash(store: Store):
 async def test_an_endpoint_comes_back_as_it_was_registered(store: Store):
     made = await registered(
         store, description="d", event_types=["generation.failed"], accounts=["luma"],
-        headers={"x-a": "1"}, metadata={"n": [1, None]}, previous_secret="old", previous_secret_expires_at=5,
+        headers={"x-a": "1"}, metadata={"n": [1, None]},
+        secrets=(Secret("new", "whsk_1"), Secret("old", expires_at=5)),
     )  # fmt: skip
     assert await store.endpoints.get(TENANT, made.id) == made
     assert await store.endpoints.get("another tenant", made.id) is None
@@ -471,7 +559,7 @@ async def test_every_field_that_its_owner_may_change_is_changed_and_no_other(sto
         "url": "https://b.test/", "description": "d", "event_types": ["a.b"], "accounts": ["luma"],
         "headers": {"x-a": "1"}, "rate_limit": 2.5, "metadata": {"n": [1, None]},
     }  # fmt: skip
-    others = {"id": "ep_other", "tenant": "t", "secret": "s", "disabled_at": 1, "created_at": 1}
+    others = {"id": "ep_other", "tenant": "t", "secrets": "s", "disabled_at": 1, "created_at": 1}
     changed = await store.endpoints.change(TENANT, made.id, changes | others, now=NOW + 1)
     assert changed == replace(made, **changes, updated_at=NOW + 1)
     assert await store.endpoints.get(TENANT, made.id) == changed
@@ -487,15 +575,22 @@ async def test_what_is_deleted_is_neither_changed_nor_given_a_secret(store: Stor
     assert await rows(store, "SELECT * FROM endpoints") == before
 
 
-async def test_a_rotated_secret_leaves_the_one_before_it_valid_for_a_while_and_no_older_one(store: Store):
+async def test_a_rotated_secret_leaves_those_before_it_valid_for_a_while_and_no_longer(
+    store: Store,
+):
     made = await registered(store)
     await store.endpoints.rotate("another tenant", made.id, "evil", expires_at=NOW + 9, now=NOW)
     for n in (2, 3):
         await store.endpoints.rotate(TENANT, made.id, f"whsec_{n}", expires_at=NOW + 10 * n, now=NOW + n)
     assert await store.endpoints.get(TENANT, made.id) == replace(
-        made, secret="whsec_3", previous_secret="whsec_2", previous_secret_expires_at=NOW + 30,
+        made,
+        secrets=(
+            Secret("whsec_3"),
+            Secret("whsec_2", expires_at=NOW + 30),
+            Secret("whsec_1", expires_at=NOW + 20),
+        ),
         updated_at=NOW + 3,
-    )  # fmt: skip
+    )
     await published(store, an_event("generation.completed"))
     [valid] = await claimed_deliveries(store, now=NOW + 29, lease_until=NOW + 30)
     [expired] = await claimed_deliveries(store, now=NOW + 30)
@@ -543,8 +638,8 @@ async def test_a_deleted_endpoint_is_gone_with_its_secrets_and_its_history_is_re
     await store.endpoints.delete(TENANT, one.endpoint_id, now=NOW)
     assert await store.endpoints.get(TENANT, one.endpoint_id) is None
     assert await store.endpoints.page(TENANT, limit=10, cursor=None) == []
-    [row] = await rows(store, "SELECT secret, previous_secret, headers FROM endpoints")
-    assert row == {"secret": "", "previous_secret": None, "headers": "{}"}
+    [row] = await rows(store, "SELECT secrets, headers FROM endpoints")
+    assert row == {"secrets": "", "headers": ""}
     history = await store.deliveries.get(TENANT, one.id)
     assert history is not None
     assert (history.status, history.url) == (Status.CANCELED, "https://a.test/")
@@ -814,7 +909,7 @@ async def test_a_hint_never_makes_it_later_nor_begins_its_quick_asks_anew(store:
 async def test_hints_beyond_an_accounts_turns_are_late_and_not_lost(store: Store):
     made = [await watched(store, f"job-{number}") for number in range(5)]
     hints = [Hint(one.id, None) for one in made for _ in "123"]
-    await store.generations.hint(hints, turns={"luma": Turns(4)}, now=NOW - DAY)
+    await store.generations.hint(hints, turns={"luma": Turns(4)}.get, now=NOW - DAY)
     found = [(await the(store, one)).due_at for one in made]
     assert found == [NOW - DAY + place * 30 * SECOND for place in (0, 0, 1, 2, 3)]
 
@@ -825,7 +920,7 @@ async def test_a_hint_that_has_nothing_asked_sooner_takes_no_turn(store: Store):
     await watched(store, "3", due_at=NOW)
     [held] = await claimed_generations(store, now=NOW)
     idle = [Hint(one, None) for one in (ended.id, nameless.id, held.id, "gen_gone")]
-    await store.generations.hint([*idle, Hint(other.id, None)], turns={"luma": Turns(2)}, now=NOW - DAY)
+    await store.generations.hint([*idle, Hint(other.id, None)], turns={"luma": Turns(2)}.get, now=NOW - DAY)
     assert (await the(store, other)).due_at == NOW - DAY
 
 
@@ -1029,8 +1124,8 @@ async def test_who_takes_a_delivery_is_told_where_it_goes_and_how_large_it_is(st
 
 async def test_what_is_handed_over_equals_what_a_claim_would_have_given(store: Store):
     await registered(
-        store, headers={"x-a": "1"}, rate_limit=2.5, previous_secret="old",
-        previous_secret_expires_at=NOW + DAY,
+        store, headers={"x-a": "1"}, rate_limit=2.5,
+        secrets=(Secret("whsec_1", "whsk_1"), Secret("old", expires_at=NOW + DAY)),
     )  # fmt: skip
     made = await watched(store, callback_url="https://callback.test/")
     _, handed_over = await announced(store, made, room=9)
@@ -1226,7 +1321,7 @@ async def test_a_claim_of_deliveries_takes_at_most_its_limit_and_comes_due_again
 
 
 async def test_a_claimed_delivery_signs_with_the_old_secret_only_while_it_is_valid(store: Store):
-    await registered(store, previous_secret="old", previous_secret_expires_at=NOW + 10)
+    await registered(store, secrets=(Secret("whsec_1"), Secret("old", expires_at=NOW + 10)))
     await announced(store, await watched(store))
     [valid] = await claimed_deliveries(store, lease_until=NOW + 10)
     [expired] = await claimed_deliveries(store, now=NOW + 10)
@@ -1589,16 +1684,16 @@ async def test_what_has_ended_and_is_old_is_removed(store: Store, status: Status
     await registered(store)
     await settled(store, "old", status, at=NOW - 31 * DAY)
     kept = await settled(store, "young", status, at=NOW - 29 * DAY)
-    assert await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW) > 0
+    assert await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW) > 0
     assert await counts(store) == [1, 1, 1, 1]
     assert await store.generations.get(TENANT, kept) is not None
-    assert await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW) == 0
+    assert await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW) == 0
 
 
 async def test_attempts_may_go_before_their_deliveries(store: Store):
     await registered(store)
     await settled(store, "old", Status.FAILED, at=NOW - 8 * DAY)
-    await prune(store, events=30 * DAY, attempts=7 * DAY, now=NOW)
+    await prune(store, events=30 * DAY, attempts=7 * DAY, audit=YEAR, now=NOW)
     assert await counts(store) == [1, 1, 1, 0]
 
 
@@ -1611,14 +1706,14 @@ async def test_nothing_that_has_not_ended_is_ever_removed(store: Store, age: int
     timed_out = await watched(store, "may still end late", at=at)
     await announced(store, timed_out, LATE, now=at)
     before = await counts(store)
-    await prune(store, events=DAY, attempts=DAY, now=NOW)
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW)
     assert await counts(store) == before
 
 
 async def test_a_generation_that_ended_long_after_it_began_stays_as_long_as_its_end_is_young(store: Store):
     made = await watched(store, at=NOW - 40 * DAY)
     await announced(store, made, now=NOW - DAY)
-    await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW)
+    await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW)
     assert await store.generations.get(TENANT, made.id) is not None
 
 
@@ -1627,17 +1722,17 @@ async def test_more_is_removed_than_one_batch_holds(store: Store):
     made = [one.generation for one in await store.generations.create(wishes) if one.generation]
     changes = [change_of(one, now=NOW - 31 * DAY) for one in made]
     await store.events.record(changes, [], NOTHING_HANDED_OVER, now=NOW - 31 * DAY)
-    await prune(store, events=30 * DAY, attempts=30 * DAY, now=NOW)
+    await prune(store, events=30 * DAY, attempts=30 * DAY, audit=YEAR, now=NOW)
     assert await counts(store) == [0, 0, 0, 0]
 
 
 async def test_an_idempotency_key_works_for_a_day(store: Store):
     key = Idempotency("k", "hash")
     [made] = await store.generations.create([Watch(a_generation(None), key)])
-    await prune(store, events=DAY, attempts=DAY, now=NOW + DAY)
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW + DAY)
     [again] = await store.generations.create([Watch(a_generation(None), key)])
     assert again.generation == made.generation
-    await prune(store, events=DAY, attempts=DAY, now=NOW + DAY + 1)
+    await prune(store, events=DAY, attempts=DAY, audit=YEAR, now=NOW + DAY + 1)
     [new] = await store.generations.create([Watch(a_generation(None), key)])
     assert new.generation != made.generation
 

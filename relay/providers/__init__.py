@@ -10,15 +10,17 @@ import posixpath
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 from urllib.parse import parse_qsl, quote, urlsplit
 
+from relay import account
 from relay.body import parse
 from relay.errors import ConfigError, Malformed, ProviderError
 from relay.generation import Code, Output, Problem, Status, Update, is_job_id
 from relay.schedule import Pace
+from relay.tenant import DEFAULT
 from relay.times import parse_retry_after, parse_rfc3339, rfc3339
 
 PROVIDERS = {
@@ -33,6 +35,8 @@ _TYPES = mimetypes.MimeTypes(filenames=())
 # A job that has more is announced with the first of them; `raw` has them all.
 MOST_OUTPUTS = 1000
 KINDS = frozenset({"image", "video", "audio", "3d", "text"})
+# A credential of so many characters may show its last four.
+LONG_ENOUGH = 20
 _MODELS = {".glb", ".gltf", ".obj", ".fbx", ".usdz", ".stl", ".ply"}
 
 
@@ -90,9 +94,10 @@ class Provider(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One configured credential at a provider. `repr` never shows the credential.
+    """One credential at a provider. `repr` never shows the credential.
 
-    `webhook_secrets` are those with which the provider may sign its callbacks.
+    `webhook_secrets` are those with which the provider may sign its callbacks; `tenants` are those that have
+    the account, None for all of them.
     """
 
     name: str
@@ -103,6 +108,69 @@ class Account:
     requests_per_minute: int | None = None
     requests_per_day: int | None = None
     webhook_secrets: tuple[str, ...] = ()
+    tenants: tuple[str, ...] | None = (DEFAULT,)
+
+    @classmethod
+    def at(
+        cls,
+        provider: Provider,
+        name: str,
+        *,
+        api_key: str,
+        base_url: str | None = None,
+        timeout: int | None = None,
+        poll_interval: int | None = None,
+        requests_per_minute: int | None = None,
+        requests_per_day: int | None = None,
+        webhook_secrets: tuple[str, ...] = (),
+        tenants: tuple[str, ...] | None = (DEFAULT,),
+    ) -> Self:
+        """An account with the provider's own values for what is not given; durations are milliseconds."""
+        pace = replace(provider.pace, timeout=timeout or provider.pace.timeout)
+        if poll_interval is not None:
+            # Who says how often wants to be told that soon: nothing is expected before it was seen.
+            pace = replace(pace, interval=poll_interval, backstop=5 * poll_interval, typical=None)
+        return cls(
+            name=name,
+            provider=provider,
+            api_key=api_key,
+            base_url=base_url or provider.base_url,
+            pace=pace,
+            requests_per_minute=requests_per_minute or provider.requests_per_minute,
+            requests_per_day=requests_per_day or provider.requests_per_day,
+            webhook_secrets=webhook_secrets,
+            tenants=tenants,
+        )
+
+    @property
+    def shown(self) -> str:
+        """What tenants call it."""
+        return account.shown(self.name)
+
+    @property
+    def owner(self) -> str | None:
+        """The tenant that has added it; None for one of the configuration."""
+        return account.owner(self.name)
+
+    @property
+    def api_key_hint(self) -> str | None:
+        """By what its owner knows which credential it is; None where so much of it would say too much."""
+        return self.api_key[-4:] if self.owner is not None and len(self.api_key) >= LONG_ENOUGH else None
+
+    @property
+    def listeners(self) -> tuple[str, ...]:
+        """The tenants that are told when it stops to work."""
+        return (DEFAULT,) if self.tenants is None else self.tenants
+
+    def is_of(self, tenant: str) -> bool:
+        """Whether a tenant has it."""
+        return self.tenants is None or tenant in self.tenants
+
+    def told(self, tenant: str, error: str | None) -> str | None:
+        """What a tenant may read of an error of the account: it may quote what was said of another's job."""
+        if error is None or tenant == DEFAULT or self.tenants == (tenant,):
+            return error
+        return error.partition(":")[0]
 
     @property
     def takes_signed_callbacks(self) -> bool:

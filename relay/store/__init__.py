@@ -15,13 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relay.errors import ConfigError
+from relay.keyring import KeyRing
 from relay.store.accounts import Accounts
+from relay.store.audit import Audit
+from relay.store.credentials import Credentials
 from relay.store.database import Database
 from relay.store.deliveries import Deliveries
 from relay.store.endpoints import Endpoints
 from relay.store.events import Events
 from relay.store.generations import Generations
+from relay.store.keys import Keys
 from relay.store.retention import Retention
+from relay.store.sealed import Sealed
 from relay.store.shards import Shards
 from relay.store.sqlite import SQLite
 from relay.store.tenants import Tenants
@@ -37,9 +42,13 @@ class Store:
     events: Events
     deliveries: Deliveries
     tenants: Tenants
+    keys: Keys
+    audit: Audit
     accounts: Accounts
+    credentials: Credentials
     shards: Shards
     retention: Retention
+    sealed: Sealed
 
 
 async def open_database(url: str, *, alone: bool = True, patience: float = 0) -> Database:
@@ -64,15 +73,20 @@ async def open_database(url: str, *, alone: bool = True, patience: float = 0) ->
     )
 
 
-def store_on(database: Database) -> Store:
+def store_on(database: Database, keyring: KeyRing) -> Store:
+    """The store; `keyring` seals the secrets in it."""
     return Store(
         database=database,
-        endpoints=Endpoints(database),
+        endpoints=Endpoints(database, keyring),
         generations=Generations(database),
-        events=Events(database),
-        deliveries=Deliveries(database),
-        tenants=Tenants(database),
+        events=Events(database, keyring),
+        deliveries=Deliveries(database, keyring),
+        tenants=Tenants(database, keyring),
+        keys=Keys(database),
+        audit=Audit(database),
         accounts=Accounts(database),
+        credentials=Credentials(database, keyring),
         shards=Shards(database),
         retention=Retention(database),
+        sealed=Sealed(database, keyring),
     )

@@ -1,6 +1,5 @@
 """Deliveries and their attempts at rest."""
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
@@ -8,12 +7,16 @@ from typing import Any
 
 from relay import event
 from relay.delivery import Claimed, Settlement, Status, Trigger
+from relay.endpoint import valid
 from relay.errors import Conflict, NotFound
 from relay.ids import new_id
+from relay.keyring import KeyRing
+from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
-from relay.store.endpoints import cancel_open, disable
+from relay.store.endpoints import cancel_open, disable, read_headers, read_secrets
 from relay.store.events import Handoff, fan_out, insert, listed
 from relay.store.filters import where
+from relay.store.tenants import read_signing_secret
 
 _NOTHING_HANDED_OVER = Handoff("", 0, takes=lambda destination, size: False)
 FAILING_LONG = 5 * 86_400_000
@@ -56,8 +59,8 @@ class Attempt:
 class Deliveries:
     """Every statement about deliveries; each method is one transaction."""
 
-    def __init__(self, database: Database) -> None:
-        self._db = database
+    def __init__(self, database: Database, keyring: KeyRing) -> None:
+        self._db, self._keyring = database, keyring
 
     async def destinations(self, *, now: int, after: str, limit: int) -> Sequence[tuple[str, bool]]:
         """Up to `limit` destinations with open deliveries, in order, those that come after `after`; and
@@ -92,7 +95,7 @@ class Deliveries:
             found = await tx.fetch(
                 _LOAD_CLAIMED, destinations=list(wanted), lease=lease, lease_until=lease_until
             )
-        return [_claimed(row, now) for row in found]
+        return [_claimed(self._keyring, row, now) for row in found]
 
     @repeated
     async def settle(self, settlements: Sequence[Settlement], *, now: int) -> set[str]:
@@ -115,7 +118,7 @@ class Deliveries:
             if gone or dead:
                 await cancel_open(tx, [*gone, *dead], now=now)
                 await insert(tx, ended)
-                await fan_out(tx, ended, _NOTHING_HANDED_OVER, now=now)
+                await fan_out(tx, self._keyring, ended, _NOTHING_HANDED_OVER, now=now)
         return gone | dead
 
     async def release(self, deliveries: Sequence[Claimed], *, now: int) -> None:
@@ -201,7 +204,7 @@ class Deliveries:
             )
         return [_read(row) for row in rows]
 
-    async def replay(self, tenant: str, delivery_id: str, *, now: int) -> str:
+    async def replay(self, tenant: str, delivery_id: str, *, now: int, entry: Entry | None = None) -> str:
         """Makes a finished delivery pending again, with a fresh run of the schedule; its destination.
 
         Raises NotFound, or Conflict when it is not finished or its endpoint takes nothing now.
@@ -211,6 +214,7 @@ class Deliveries:
                 _REPLAY, id=delivery_id, tenant=tenant, now=now, over=now - LONGEST_ATTEMPT
             )
             rows = await tx.fetch(_REPLAYED, id=delivery_id, tenant=tenant)
+            await note(tx, entry if replayed else None)
         if not rows:
             raise NotFound(f"no delivery {delivery_id}")
         if not replayed:
@@ -277,10 +281,9 @@ _RELEASE = """
     WHERE id = :id AND lease = :lease
 """
 _LOAD_CLAIMED = """
-    SELECT d.id, d.event_id, e.type AS event_type, d.endpoint_id, COALESCE(p.url, d.callback_url) AS url,
-        COALESCE(p.secret, t.signing_secret) AS secret, p.previous_secret, p.previous_secret_expires_at,
-        p.headers, p.rate_limit, e.body, e.expires_at, d.attempts, d.run_attempts, d.next_trigger, d.lease,
-        d.due_at AS lease_until
+    SELECT d.id, d.tenant, d.event_id, e.type AS event_type, d.endpoint_id,
+        COALESCE(p.url, d.callback_url) AS url, p.secrets, p.headers, p.rate_limit, t.signing_secret,
+        e.body, e.expires_at, d.attempts, d.run_attempts, d.next_trigger, d.lease, d.due_at AS lease_until
     FROM deliveries d
     JOIN events e ON e.id = d.event_id
     JOIN tenants t ON t.id = d.tenant
@@ -416,16 +419,24 @@ def _settlement(one: Settlement, now: int) -> dict[str, Any]:
     }
 
 
-def _claimed(row: Row, now: int) -> Claimed:
-    previous = row["previous_secret"] if (row["previous_secret_expires_at"] or 0) > now else None
+def _claimed(keyring: KeyRing, row: Row, now: int) -> Claimed:
+    endpoint_id = row["endpoint_id"]
+    secrets: Sequence[str]
+    headers: Mapping[str, str] = {}
+    if endpoint_id is None:
+        signing = read_signing_secret(keyring, row["tenant"], row["signing_secret"])
+        secrets = (signing,) if signing else ()
+    else:
+        secrets = valid(read_secrets(keyring, row["tenant"], endpoint_id, row["secrets"]), now)
+        headers = read_headers(keyring, row["tenant"], endpoint_id, row["headers"])
     return Claimed(
         id=row["id"],
         event_id=row["event_id"],
         event_type=row["event_type"],
-        endpoint_id=row["endpoint_id"],
+        endpoint_id=endpoint_id,
         url=row["url"],
-        secrets=(row["secret"], previous) if previous else (row["secret"],),
-        headers=json.loads(row["headers"] or "{}"),
+        secrets=secrets,
+        headers=headers,
         rate_limit=row["rate_limit"],
         body=bytes(row["body"]),
         attempts=row["attempts"],

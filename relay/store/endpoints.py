@@ -2,53 +2,58 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from relay.endpoint import Endpoint
+from relay.endpoint import Endpoint, Secret, rotated, with_ed25519
+from relay.keyring import KeyRing
+from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.filters import where
 from relay.store.idempotency import Idempotency, reserve
+from relay.store.sealed import opened
 
 _CHANGEABLE = ("url", "description", "event_types", "accounts", "headers", "rate_limit", "metadata")
-_JSON = ("event_types", "accounts", "headers", "metadata")
+_JSON = ("event_types", "accounts", "metadata")
 
 
 class Endpoints:
     """Every statement about endpoints; each method is one transaction."""
 
-    def __init__(self, database: Database) -> None:
-        self._db = database
+    def __init__(self, database: Database, keyring: KeyRing) -> None:
+        self._db, self._keyring = database, keyring
 
     @repeated
-    async def create(self, endpoint: Endpoint, idempotency: Idempotency | None) -> Endpoint | None:
+    async def create(
+        self, endpoint: Endpoint, idempotency: Idempotency | None, *, entry: Entry | None = None
+    ) -> Endpoint | None:
         """The new endpoint, or the one that the key created before; None when that one is gone."""
         async with self._db.write() as tx:
             before = await reserve(
                 tx, endpoint.tenant, idempotency, resource_id=endpoint.id, status=201, now=endpoint.created_at
             )
             if before is not None:
-                return await _get(tx, endpoint.tenant, before[0])
+                return await self._get(tx, endpoint.tenant, before[0])
             await tx.execute(
                 """
                 INSERT INTO endpoints (
                     id, tenant, url, description, event_types, accounts, headers, metadata, rate_limit,
-                    secret, previous_secret, previous_secret_expires_at, disabled_at, disabled_reason,
-                    deleted_at, created_at, updated_at
+                    secrets, disabled_at, disabled_reason, deleted_at, created_at, updated_at
                 ) VALUES (
                     :id, :tenant, :url, :description, :event_types, :accounts, :headers, :metadata,
-                    :rate_limit, :secret, :previous_secret, :previous_secret_expires_at, :disabled_at,
-                    :disabled_reason, :deleted_at, :created_at, :updated_at
+                    :rate_limit, :secrets, :disabled_at, :disabled_reason, :deleted_at, :created_at,
+                    :updated_at
                 )
                 """,
-                **_values(endpoint),
+                **self._values(endpoint),
             )
+            await note(tx, entry)
         return endpoint
 
     async def get(self, tenant: str, endpoint_id: str) -> Endpoint | None:
         async with self._db.read() as tx:
-            return await _get(tx, tenant, endpoint_id)
+            return await self._get(tx, tenant, endpoint_id)
 
     async def page(self, tenant: str, *, limit: int, cursor: str | None) -> Sequence[Endpoint]:
         """Newest first, those after the id `cursor`."""
@@ -63,19 +68,30 @@ class Endpoints:
                 limit=limit,
                 **values,
             )
-        return [read_endpoint(row) for row in rows]
+        return [read_endpoint(self._keyring, row) for row in rows]
 
     async def change(
-        self, tenant: str, endpoint_id: str, changes: Mapping[str, Any], *, now: int
+        self,
+        tenant: str,
+        endpoint_id: str,
+        changes: Mapping[str, Any],
+        *,
+        now: int,
+        entry: Entry | None = None,
     ) -> Endpoint | None:
-        """Writes the fields that `changes` names, and no other; the endpoint then, None without one."""
+        """Writes the fields that `changes` names, and no other; the endpoint then, None without one.
+
+        `ed25519` gives it a key of that kind, or takes it away.
+        """
         values = {
             name: json.dumps(value) if name in _JSON else value
             for name, value in changes.items()
             if name in _CHANGEABLE
         }
+        if "headers" in changes:
+            values["headers"] = self._sealed_headers(tenant, endpoint_id, changes["headers"])
         async with self._db.write() as tx:
-            await tx.execute(
+            changed = await tx.execute(
                 f"""
                 UPDATE endpoints SET {"".join(f"{name} = :{name}, " for name in values)} updated_at = :now
                 WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
@@ -85,28 +101,45 @@ class Endpoints:
                 now=now,
                 **values,
             )
-            return await _get(tx, tenant, endpoint_id)
+            await note(tx, entry if changed else None)
+            found = await self._get(tx, tenant, endpoint_id)
+            if found is not None and found.secrets and "ed25519" in changes:
+                secrets = with_ed25519(found.secrets, changes["ed25519"])
+                found = await self._put_secrets(tx, found, secrets)
+            return found
 
-    async def rotate(self, tenant: str, endpoint_id: str, secret: str, *, expires_at: int, now: int) -> None:
-        """Gives an endpoint a new secret; the old one is valid until `expires_at`."""
+    async def rotate(
+        self,
+        tenant: str,
+        endpoint_id: str,
+        secret: str,
+        *,
+        expires_at: int,
+        now: int,
+        entry: Entry | None = None,
+    ) -> Endpoint | None:
+        """The endpoint with a new secret, None without one; no old secret is valid for longer than until
+        `expires_at`."""
         async with self._db.write() as tx:
             await tx.execute(
                 """
-                UPDATE endpoints
-                SET previous_secret = secret, previous_secret_expires_at = :expires_at, secret = :secret,
-                    updated_at = :now
+                UPDATE endpoints SET updated_at = :now
                 WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
                 """,
                 id=endpoint_id,
                 tenant=tenant,
-                secret=secret,
-                expires_at=expires_at,
                 now=now,
             )
+            found = await self._get(tx, tenant, endpoint_id)
+            if found is None:
+                return None
+            await note(tx, entry)
+            secrets = rotated(found.secrets, secret, now=now, expires_at=expires_at)
+            return await self._put_secrets(tx, found, secrets)
 
-    async def enable(self, tenant: str, endpoint_id: str, *, now: int) -> None:
+    async def enable(self, tenant: str, endpoint_id: str, *, now: int, entry: Entry | None = None) -> None:
         async with self._db.write() as tx:
-            await tx.execute(
+            enabled = await tx.execute(
                 """
                 UPDATE endpoints
                 SET disabled_at = NULL, disabled_reason = NULL, failing_since = NULL, failing_event = NULL,
@@ -117,24 +150,27 @@ class Endpoints:
                 tenant=tenant,
                 now=now,
             )
+            await note(tx, entry if enabled else None)
 
     @repeated
-    async def disable(self, tenant: str, endpoint_id: str, *, reason: str, now: int) -> None:
+    async def disable(
+        self, tenant: str, endpoint_id: str, *, reason: str, now: int, entry: Entry | None = None
+    ) -> None:
         """Its open deliveries become canceled, and may be replayed once it is enabled again."""
         async with self._db.write() as tx:
-            if await _get(tx, tenant, endpoint_id) is not None:
+            if await self._get(tx, tenant, endpoint_id) is not None:
                 await disable(tx, [endpoint_id], reason=reason, now=now)
                 await cancel_open(tx, [endpoint_id], now=now)
+                await note(tx, entry)
 
     @repeated
-    async def delete(self, tenant: str, endpoint_id: str, *, now: int) -> None:
+    async def delete(self, tenant: str, endpoint_id: str, *, now: int, entry: Entry | None = None) -> None:
         """Its history stays readable; its secrets are gone."""
         async with self._db.write() as tx:
             deleted = await tx.execute(
                 """
                 UPDATE endpoints
-                SET deleted_at = :now, secret = '', headers = '{}',
-                    previous_secret = NULL, previous_secret_expires_at = NULL,
+                SET deleted_at = :now, secrets = '', headers = '',
                     disabled_at = COALESCE(disabled_at, :now),
                     disabled_reason = COALESCE(disabled_reason, 'deleted'), updated_at = :now
                 WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
@@ -145,6 +181,41 @@ class Endpoints:
             )
             if deleted:
                 await cancel_open(tx, [endpoint_id], now=now)
+                await note(tx, entry)
+
+    async def _get(self, tx: Transaction, tenant: str, endpoint_id: str) -> Endpoint | None:
+        rows = await tx.fetch(
+            "SELECT * FROM endpoints WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL",
+            id=endpoint_id,
+            tenant=tenant,
+        )
+        return read_endpoint(self._keyring, rows[0]) if rows else None
+
+    async def _put_secrets(self, tx: Transaction, endpoint: Endpoint, secrets: Sequence[Secret]) -> Endpoint:
+        """Of an endpoint that was read after this transaction had written to it: nobody else has it now."""
+        await tx.execute(
+            "UPDATE endpoints SET secrets = :secrets WHERE id = :id",
+            id=endpoint.id,
+            secrets=self._sealed_secrets(endpoint.tenant, endpoint.id, secrets),
+        )
+        return replace(endpoint, secrets=secrets)
+
+    def _values(self, endpoint: Endpoint) -> dict[str, Any]:
+        values = {one.name: getattr(endpoint, one.name) for one in fields(endpoint)}
+        return {
+            **values,
+            **{name: json.dumps(values[name]) for name in _JSON},
+            "headers": self._sealed_headers(endpoint.tenant, endpoint.id, endpoint.headers),
+            "secrets": self._sealed_secrets(endpoint.tenant, endpoint.id, endpoint.secrets),
+        }
+
+    def _sealed_headers(self, tenant: str, endpoint_id: str, headers: Mapping[str, str]) -> str:
+        place = ("endpoints", "headers", endpoint_id, tenant)
+        return self._keyring.seal(json.dumps(dict(headers)), *place) if headers else ""
+
+    def _sealed_secrets(self, tenant: str, endpoint_id: str, secrets: Sequence[Secret]) -> str:
+        place = ("endpoints", "secrets", endpoint_id, tenant)
+        return self._keyring.seal(json.dumps([asdict(one) for one in secrets]), *place)
 
 
 async def disable(tx: Transaction, endpoint_ids: Iterable[str], *, reason: str, now: int) -> Sequence[str]:
@@ -176,26 +247,32 @@ _DISABLE = """
 """
 
 
-async def _get(tx: Transaction, tenant: str, endpoint_id: str) -> Endpoint | None:
-    rows = await tx.fetch(
-        "SELECT * FROM endpoints WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL",
-        id=endpoint_id,
-        tenant=tenant,
-    )
-    return read_endpoint(rows[0]) if rows else None
+def read_endpoint(keyring: KeyRing, row: Row) -> Endpoint:
+    return _read(keyring, tuple(row.keys()), tuple(row.values() if isinstance(row, dict) else row))
 
 
-def read_endpoint(row: Row) -> Endpoint:
-    return _read(tuple(row.keys()), tuple(row.values() if isinstance(row, dict) else row))
+def read_secrets(keyring: KeyRing, tenant: str, endpoint_id: str, sealed: str) -> Sequence[Secret]:
+    """Newest first; none when they cannot be opened."""
+    text = opened(keyring, sealed, "endpoints", "secrets", endpoint_id, tenant) if sealed else None
+    return tuple(Secret(**one) for one in json.loads(text)) if text else ()
+
+
+def read_headers(keyring: KeyRing, tenant: str, endpoint_id: str, sealed: str) -> Mapping[str, str]:
+    """None of them when they cannot be opened."""
+    text = opened(keyring, sealed, "endpoints", "headers", endpoint_id, tenant) if sealed else None
+    return dict(json.loads(text)) if text else {}
 
 
 @lru_cache(maxsize=10_000)
-def _read(names: tuple[str, ...], row: tuple[Any, ...]) -> Endpoint:
+def _read(keyring: KeyRing, names: tuple[str, ...], row: tuple[Any, ...]) -> Endpoint:
     """The same row is the same endpoint: every fan-out reads them all."""
     values = dict(zip(names, row, strict=True))
-    return Endpoint(**{**values, **{name: json.loads(values[name]) for name in _JSON}})
-
-
-def _values(endpoint: Endpoint) -> dict[str, Any]:
-    values = asdict(replace(endpoint, headers=dict(endpoint.headers), metadata=dict(endpoint.metadata)))
-    return {**values, **{name: json.dumps(values[name]) for name in _JSON}}
+    place = (keyring, values["tenant"], values["id"])
+    return Endpoint(
+        **{
+            **values,
+            **{name: json.loads(values[name]) for name in _JSON},
+            "secrets": read_secrets(*place, values["secrets"]),
+            "headers": read_headers(*place, values["headers"]),
+        }
+    )

@@ -11,12 +11,15 @@ from relay.errors import Collision, Conflict, Refused
 from relay.event import ENDINGS, FLEETING, PROGRESS, Event
 from relay.generation import FINAL, Generation
 from relay.ids import new_id
+from relay.keyring import KeyRing
 from relay.schedule import CALLED, Asked
+from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.endpoints import read_endpoint
 from relay.store.filters import where
 from relay.store.generations import write_update
 from relay.store.idempotency import Idempotency, correct, reserve
+from relay.store.tenants import read_signing_secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,8 @@ class Handoff:
 class Events:
     """Every statement about events; each method is one transaction."""
 
-    def __init__(self, database: Database) -> None:
-        self._db = database
+    def __init__(self, database: Database, keyring: KeyRing) -> None:
+        self._db, self._keyring = database, keyring
 
     @repeated
     async def record(
@@ -64,7 +67,7 @@ class Events:
         canceled by newer ones and by the ending.
         """
         async with self._db.write() as tx:
-            changes = await _heard(tx, sorted(changes, key=lambda one: one.after.id))
+            changes = await _heard(tx, self._keyring, sorted(changes, key=lambda one: one.after.id))
             await tx.execute_many(_MOVE, [_move(change) for change in changes])
             marks = {one.after.id: _mark(one) for one in changes}
             await tx.execute_many(
@@ -77,7 +80,7 @@ class Events:
             fresh = await _announce(tx, changes)
             await _cancel_older(tx, fresh, now=now)
             callbacks = {one.after.id: one.after.callback_url for one in changes if one.after.ended}
-            claimed = await fan_out(tx, fresh, handoff, callbacks=callbacks, now=now)
+            claimed = await fan_out(tx, self._keyring, fresh, handoff, callbacks=callbacks, now=now)
         return fresh, claimed
 
     @repeated
@@ -93,7 +96,7 @@ class Events:
             earlier = await _earlier(tx, publications, now=now)
             fresh = [one for place, one in enumerate(publications) if place not in earlier]
             events = [event for one in fresh for event in one.events]
-            stored, claimed = await _publish(tx, events, handoff, now=now)
+            stored, claimed = await _publish(tx, self._keyring, events, handoff, now=now)
             kept = dict(zip((event.id for event in events), stored, strict=True))
             for one in fresh:
                 await _correct(tx, one, kept)
@@ -109,10 +112,10 @@ class Events:
         """Stores new events of Relay's own and fans them out; the deliveries that are handed over."""
         async with self._db.write() as tx:
             await insert(tx, events)
-            return await fan_out(tx, events, handoff, now=now)
+            return await fan_out(tx, self._keyring, events, handoff, now=now)
 
     async def send(
-        self, event: Event, endpoint: Endpoint, handoff: Handoff, *, now: int
+        self, event: Event, endpoint: Endpoint, handoff: Handoff, *, now: int, entry: Entry | None = None
     ) -> tuple[str, Sequence[Claimed]]:
         """Stores an event for one endpoint only, whatever its filter; its delivery's id, and the delivery
         when it is handed over."""
@@ -120,6 +123,7 @@ class Events:
         async with self._db.write() as tx:
             await insert(tx, [event])
             await tx.execute_many(_DELIVER, [row])
+            await note(tx, entry)
         return row["id"], _claimed([row], {event.id: event}, {endpoint.id: endpoint}, {}, handoff, now=now)
 
     async def get(self, tenant: str, event_id: str) -> Event | None:
@@ -185,6 +189,7 @@ async def insert(tx: Transaction, events: Sequence[Event]) -> None:
 
 async def fan_out(
     tx: Transaction,
+    keyring: KeyRing,
     events: Sequence[Event],
     handoff: Handoff,
     *,
@@ -196,7 +201,7 @@ async def fan_out(
     if not events:
         return []
     tenants = sorted({event.tenant for event in events})
-    endpoints = {one.id: one for one in await _listening(tx, tenants)}
+    endpoints = {one.id: one for one in await _listening(tx, keyring, tenants)}
     rows: list[dict[str, Any]] = []
     for event in events:
         for endpoint in endpoints.values():
@@ -206,9 +211,10 @@ async def fan_out(
         if url is not None:
             rows.append(_delivery(event, None, url, handoff, now=now))
     await tx.execute_many(_DELIVER, rows)
-    secrets = {}
+    secrets: dict[str, str | None] = {}
     if any(row["callback_url"] is not None for row in rows):
-        secrets = {row["id"]: row["signing_secret"] for row in await tx.fetch(_SIGNING, tenants=tenants)}
+        for row in await tx.fetch(_SIGNING, tenants=tenants):
+            secrets[row["id"]] = read_signing_secret(keyring, row["id"], row["signing_secret"])
     return _claimed(rows, {event.id: event for event in events}, endpoints, secrets, handoff, now=now)
 
 
@@ -231,7 +237,7 @@ async def _earlier(
 
 
 async def _publish(
-    tx: Transaction, events: Sequence[Event], handoff: Handoff, *, now: int
+    tx: Transaction, keyring: KeyRing, events: Sequence[Event], handoff: Handoff, *, now: int
 ) -> tuple[Sequence[Event], Sequence[Claimed]]:
     """What is stored of each, by its name maybe an earlier one; and the deliveries that are handed over."""
     if not events:
@@ -239,7 +245,7 @@ async def _publish(
     rows = [_values(event) for event in events]
     await tx.execute_many(_PUBLISH, sorted(rows, key=lambda row: (row["tenant"], row["source_id"] or "")))
     fresh = await _stored(tx, events)
-    claimed = await fan_out(tx, fresh, handoff, now=now)
+    claimed = await fan_out(tx, keyring, fresh, handoff, now=now)
     known = {event.id for event in fresh}
     named = await _named(tx, [event for event in events if event.id not in known])
     stored = [event if event.id in known else named[event.tenant, event.source_id] for event in events]
@@ -285,16 +291,16 @@ async def _stored(tx: Transaction, events: Sequence[Event]) -> Sequence[Event]:
     return [event for event in events if event.id in stored]
 
 
-async def _listening(tx: Transaction, tenants: Sequence[str]) -> Sequence[Endpoint]:
-    return [read_endpoint(row) for row in await tx.fetch(_LISTENING, tenants=tenants)]
+async def _listening(tx: Transaction, keyring: KeyRing, tenants: Sequence[str]) -> Sequence[Endpoint]:
+    return [read_endpoint(keyring, row) for row in await tx.fetch(_LISTENING, tenants=tenants)]
 
 
-async def _heard(tx: Transaction, changes: Sequence[Change]) -> Sequence[Change]:
+async def _heard(tx: Transaction, keyring: KeyRing, changes: Sequence[Change]) -> Sequence[Change]:
     """The changes without the fleeting events that no endpoint wants."""
     fleeting = [event for one in changes for event in one.events if event.type in FLEETING]
     if not fleeting:
         return changes
-    endpoints = await _listening(tx, sorted({event.tenant for event in fleeting}))
+    endpoints = await _listening(tx, keyring, sorted({event.tenant for event in fleeting}))
     unheard = {
         event.id
         for event in fleeting
@@ -421,7 +427,7 @@ def _claimed(
     rows: Sequence[Mapping[str, Any]],
     events: Mapping[str, Event],
     endpoints: Mapping[str, Endpoint],
-    signing_secrets: Mapping[str, str],
+    signing_secrets: Mapping[str, str | None],
     handoff: Handoff,
     *,
     now: int,
@@ -432,6 +438,7 @@ def _claimed(
             continue
         event = events[row["event_id"]]
         endpoint = endpoints.get(row["endpoint_id"])
+        signing = signing_secrets.get(event.tenant)
         claimed.append(
             Claimed(
                 id=row["id"],
@@ -439,7 +446,7 @@ def _claimed(
                 event_type=event.type,
                 endpoint_id=row["endpoint_id"],
                 url=endpoint.url if endpoint else row["callback_url"],
-                secrets=endpoint.secrets(now) if endpoint else (signing_secrets[event.tenant],),
+                secrets=endpoint.signing(now) if endpoint else (signing,) if signing else (),
                 headers=endpoint.headers if endpoint else {},
                 rate_limit=endpoint.rate_limit if endpoint else None,
                 body=event.body,

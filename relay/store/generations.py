@@ -1,9 +1,8 @@
 """Generations at rest."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -20,7 +19,6 @@ _UPDATE = TypeAdapter(Update)
 # Of what is due in an account, so many that have been due longest are compared.
 CONSIDERED = 500
 _FINAL = ", ".join(f"'{status}'" for status in sorted(FINAL))
-_NO_LIMITS: Mapping[str, Turns] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +44,9 @@ class Hint:
 
     generation_id: str
     job_id: str | None
+
+
+def _no_limits(account: str) -> None: ...
 
 
 class Generations:
@@ -180,9 +181,11 @@ class Generations:
         return [row["id"] for row in rows]
 
     @repeated
-    async def hint(self, hints: Sequence[Hint], *, turns: Mapping[str, Turns] = _NO_LIMITS, now: int) -> None:
-        """Makes generations due as soon as their callbacks may have them asked about, `turns` being those of
-        their accounts; one that is being asked about, when that ask has ended: it may have seen less than
+    async def hint(
+        self, hints: Sequence[Hint], *, turns: Callable[[str], Turns | None] = _no_limits, now: int
+    ) -> None:
+        """Makes generations due as soon as their callbacks may have them asked about, `turns` giving those of
+        an account; one that is being asked about, when that ask has ended: it may have seen less than
         the callback knows."""
         async with self._db.write() as tx:
             ids = sorted({hint.generation_id for hint in hints})
@@ -197,7 +200,7 @@ class Generations:
                 one["hints"] += 1
                 if one["lease"] is None:
                     one["due_at"] = ask_at(
-                        one["due_at"], one["asked_at"], one["hints"], turns.get(one["account"]), now=now
+                        one["due_at"], one["asked_at"], one["hints"], turns(one["account"]), now=now
                     )
                 heard.append(
                     {

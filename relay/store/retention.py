@@ -84,6 +84,17 @@ class Retention:
             await tx.execute_many("DELETE FROM generations WHERE id = :id", _keys(rows))
         return len(rows)
 
+    async def remove_audit(self, *, before: int, limit: int) -> int:
+        """Entries of the audit log that were written before `before`."""
+        async with self._db.write() as tx:
+            rows = await tx.fetch(
+                f"SELECT id FROM audit WHERE id < :before ORDER BY id LIMIT :limit {self._db.skip_locked}",
+                before=first_id("aud", before),
+                limit=limit,
+            )
+            await tx.execute_many("DELETE FROM audit WHERE id = :id", _keys(rows))
+        return len(rows)
+
     async def remove_idempotency_keys(self, *, before: int, limit: int) -> int:
         """Idempotency keys that were used before `before`."""
         async with self._db.write() as tx:

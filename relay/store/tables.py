@@ -16,8 +16,10 @@ COPIED: Mapping[str, Sequence[str]] = MappingProxyType(
     {
         "tenants": ("id",),
         "keys": ("id",),
+        "audit": ("id",),
         "endpoints": ("id",),
         "generations": ("id",),
+        "credentials": ("name",),
         "accounts": ("name",),
         "events": ("id",),
         "deliveries": ("id",),

@@ -3,26 +3,39 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import httpx
 
+from relay import account as accounts
 from relay import event, signature
-from relay.endpoint import Endpoint, canonical_url
-from relay.errors import Conflict, FieldError, Invalid, NotFound
+from relay.endpoint import Endpoint, Secret, canonical_url
+from relay.errors import Conflict, FieldError, Forbidden, Invalid, Limited, NotFound, Refused
 from relay.event import Event
 from relay.generation import Generation, Status
 from relay.ids import new_id
+from relay.key import Key, Scope, hash_of, new_key
+from relay.limit import Limit
+from relay.providers import Account, load
+from relay.store.credentials import Credential
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Publication
 from relay.store.generations import Watch
+from relay.store.tenants import DEFAULT
 from relay.times import rfc3339
 from relay.web import resources as r
 from relay.web.context import Relay
 from relay.web.operation import Call, Result
 
+# For each endpoint, and for each tenant: of one relay.
+TESTS_A_MINUTE = 10
+REPLAYS_A_SECOND, REPLAYS_AT_ONCE = 10, 100
 T = TypeVar("T")
 R = TypeVar("R")
+_BROKEN = "its secret cannot be opened: it was changed in the database; rotate it"
+_SAME = ("api_key", "base_url", "requests_per_minute", "requests_per_day")
 
 
 async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
@@ -32,19 +45,29 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         id=new_id("ep", now),
         tenant=call.tenant,
         url=_url(call.relay, "url", body.url),
-        secret=body.secret or signature.new_secret(),
+        secrets=[
+            Secret(
+                body.secret or signature.new_secret(),
+                signature.new_private_key() if body.ed25519 else None,
+            )
+        ],
         created_at=now,
         updated_at=now,
         description=body.description,
         event_types=body.event_types or (),
-        accounts=_known_accounts(call.relay, body.accounts),
+        accounts=await _known_accounts(call, body.accounts),
         headers=body.headers or {},
         rate_limit=body.rate_limit,
         metadata=body.metadata or {},
     )
-    created = await call.relay.store.endpoints.create(endpoint, call.idempotency)
+    entry = call.entry("endpoint.created", endpoint.id)
+    created = await call.relay.store.endpoints.create(endpoint, call.idempotency, entry=entry)
     if created is None:
         raise Conflict("what this Idempotency-Key created is gone")
+    if not created.secrets:
+        raise Conflict(_BROKEN)
+    if created.id != endpoint.id:
+        await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", created.id))
     return Result(201, r.EndpointWithSecret.of(created))
 
 
@@ -67,10 +90,16 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
         if "headers" not in given and httpx.URL(given["url"]).host != httpx.URL(endpoint.url).host:
             given["headers"] = {}
     if "accounts" in given:
-        given["accounts"] = _known_accounts(call.relay, given["accounts"])
+        given["accounts"] = await _known_accounts(call, given["accounts"])
     given |= {name: [] for name in ("event_types", "accounts") if name in given and not given[name]}
     given |= {name: {} for name in ("headers", "metadata") if name in given and not given[name]}
-    changed = await call.relay.store.endpoints.change(call.tenant, endpoint.id, given, now=call.relay.now())
+    changed = await call.relay.store.endpoints.change(
+        call.tenant,
+        endpoint.id,
+        given,
+        now=call.relay.now(),
+        entry=call.entry("endpoint.changed", endpoint.id, fields=list(given)),
+    )
     if changed is None:
         raise NotFound(f"no endpoint {endpoint.id}")
     call.relay.deliverer.changed(endpoint.id)
@@ -79,21 +108,27 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
 
 async def delete_endpoint(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
-    await call.relay.store.endpoints.delete(call.tenant, endpoint.id, now=call.relay.now())
+    entry = call.entry("endpoint.deleted", endpoint.id)
+    await call.relay.store.endpoints.delete(call.tenant, endpoint.id, now=call.relay.now(), entry=entry)
     call.relay.deliverer.changed(endpoint.id)
     return Result(204)
 
 
 async def enable_endpoint(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
-    await call.relay.store.endpoints.enable(call.tenant, endpoint.id, now=call.relay.now())
+    entry = call.entry("endpoint.enabled", endpoint.id)
+    await call.relay.store.endpoints.enable(call.tenant, endpoint.id, now=call.relay.now(), entry=entry)
     return await get_endpoint(call)
 
 
 async def disable_endpoint(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
     await call.relay.store.endpoints.disable(
-        call.tenant, endpoint.id, reason="disabled by its owner", now=call.relay.now()
+        call.tenant,
+        endpoint.id,
+        reason="disabled by its owner",
+        now=call.relay.now(),
+        entry=call.entry("endpoint.disabled", endpoint.id),
     )
     call.relay.deliverer.changed(endpoint.id)
     return await get_endpoint(call)
@@ -104,9 +139,11 @@ async def test_endpoint(call: Call[None, None]) -> Result:
     if endpoint.disabled_at is not None:
         raise Conflict("this endpoint is disabled: enable it first")
     now = relay.now()
+    _take(relay.test_limit, endpoint.id, now, f"an endpoint may be tested {TESTS_A_MINUTE} times a minute")
     made = event.test(call.tenant, endpoint.id, now=now)
     handoff = relay.deliverer.handoff()
-    delivery_id, claimed = await relay.store.events.send(made, endpoint, handoff, now=now)
+    entry = call.entry("endpoint.tested", endpoint.id)
+    delivery_id, claimed = await relay.store.events.send(made, endpoint, handoff, now=now, entry=entry)
     relay.deliverer.accept(claimed, handoff)
     return Result(202, _delivery(await _get_delivery(relay, call.tenant, delivery_id)))
 
@@ -115,32 +152,39 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
     endpoint, now = await _endpoint(call), call.relay.now()
     secret = call.body.secret or signature.new_secret()
     expires_at = now + call.body.overlap_seconds * 1000
-    await call.relay.store.endpoints.rotate(call.tenant, endpoint.id, secret, expires_at=expires_at, now=now)
+    rotated = await call.relay.store.endpoints.rotate(
+        call.tenant,
+        endpoint.id,
+        secret,
+        expires_at=expires_at,
+        now=now,
+        entry=call.entry("endpoint.secret_rotated", endpoint.id),
+    )
+    if rotated is None:
+        raise NotFound(f"no endpoint {endpoint.id}")
     call.relay.deliverer.changed(endpoint.id)
-    return Result(200, r.SecretResource(secret=secret, previous_secret_expires_at=rfc3339(expires_at)))
+    return Result(200, _secret(rotated, now))
 
 
 async def get_secret(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
-    expires_at = endpoint.previous_secret_expires_at or 0
-    overlaps = expires_at > call.relay.now()
-    return Result(
-        200,
-        r.SecretResource(
-            secret=endpoint.secret, previous_secret_expires_at=rfc3339(expires_at) if overlaps else None
-        ),
-    )
+    await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", endpoint.id))
+    return Result(200, _secret(endpoint, call.relay.now()))
 
 
 async def get_signing_secret(call: Call[None, None]) -> Result:
-    return Result(200, r.SecretResource(secret=await call.relay.store.tenants.signing_secret(call.tenant)))
+    await call.relay.store.audit.add(call.entry("tenant.secret_revealed", call.tenant))
+    secret = await call.relay.store.tenants.signing_secret(call.tenant)
+    if secret is None:
+        raise Conflict("the signing secret cannot be opened: it was changed in the database")
+    return Result(200, r.SecretResource(secret=secret))
 
 
 async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
     relay, body, now = call.relay, call.body, call.relay.now()
-    account = relay.accounts.get(body.account)
+    account = await relay.accounts.find(call.tenant, body.account)
     if account is None:
-        raise Invalid(FieldError("account", f"there is no account {body.account!r} in the configuration"))
+        raise Invalid(FieldError("account", f"there is no account {body.account!r}"))
     if body.job_id is None and not account.provider.calls_back:
         raise Invalid(
             FieldError("job_id", f"is required: {account.provider.name} does not call back, it is polled")
@@ -182,9 +226,15 @@ async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
 
 
 async def list_generations(call: Call[None, r.GenerationQuery]) -> Result:
-    found = await call.relay.store.generations.page(
-        call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
-    )
+    filters, limit = call.query.filters(), call.query.limit + 1
+    wanted = [filters]
+    if "account" in filters:
+        wanted = [{**filters, "account": name} for name in accounts.meant(call.tenant, filters["account"])]
+    generations = call.relay.store.generations
+    pages = [
+        await generations.page(call.tenant, each, limit=limit, cursor=call.query.cursor) for each in wanted
+    ]
+    found = sorted((one for page in pages for one in page), key=attrgetter("id"), reverse=True)[:limit]
     return _page(found, call.query, lambda one: _generation(call.relay, one))
 
 
@@ -195,7 +245,7 @@ async def get_generation(call: Call[Any, None]) -> Result:
 async def change_generation(call: Call[r.GenerationChange, None]) -> Result:
     relay, generation = call.relay, await _get_generation(call)
     if call.body.job_id is not None and call.body.job_id != generation.job_id:
-        account, ask = relay.accounts.get(generation.account), None
+        account, ask = await relay.accounts.seek(generation.account), None
         if account is not None and not generation.ended:
             ask = relay.poller.first_ask(
                 account,
@@ -271,16 +321,161 @@ async def get_delivery(call: Call[None, None]) -> Result:
 
 
 async def replay_delivery(call: Call[None, None]) -> Result:
-    where_to = await call.relay.store.deliveries.replay(call.tenant, call.path["id"], now=call.relay.now())
-    call.relay.deliverer.wake(where_to)
-    return Result(202, _delivery(await _get_delivery(call.relay, call.tenant, call.path["id"])))
+    relay, id_, now = call.relay, call.path["id"], call.relay.now()
+    _take(relay.replay_limit, call.tenant, now, f"{REPLAYS_A_SECOND} deliveries a second may be replayed")
+    entry = call.entry("delivery.replayed", id_)
+    where_to = await relay.store.deliveries.replay(call.tenant, id_, now=now, entry=entry)
+    relay.deliverer.wake(where_to)
+    return Result(202, _delivery(await _get_delivery(relay, call.tenant, id_)))
+
+
+async def create_account(call: Call[r.AccountCreate, None]) -> Result:
+    relay, now = call.relay, call.relay.now()
+    given = call.body.model_dump(exclude_unset=True)
+    name = call.body.name
+    if (seen := relay.accounts.of(call.tenant).get(name)) is not None and seen.owner is None:
+        raise Conflict(f"there is an account {name!r} already, in the relay's configuration file")
+    new = Credential(
+        name=accounts.inner(call.tenant, name),
+        tenant=call.tenant,
+        provider=call.body.provider,
+        created_at=now,
+        updated_at=now,
+        **_settings(relay, given),
+    )
+    entry = call.entry("account.created", name)
+    account = await _changed_account(
+        relay, await relay.store.credentials.create(new, call.idempotency, entry=entry)
+    )
+    if account is None:
+        raise Conflict("what this Idempotency-Key created is gone")
+    return Result(201, _account(relay, account, call.tenant))
 
 
 async def list_accounts(call: Call[None, r.PageQuery]) -> Result:
-    names = sorted(name for name in call.relay.accounts if name > (call.query.cursor or ""))
+    found = call.relay.accounts.of(call.tenant)
+    names = sorted(name for name in found if name > (call.query.cursor or ""))
     page, more = names[: call.query.limit], len(names) > call.query.limit
-    data = [_account(call.relay, name) for name in page]
+    data = [_account(call.relay, found[name], call.tenant) for name in page]
     return Result(200, r.Page[r.AccountResource](data=data, next_cursor=page[-1] if more else None))
+
+
+async def get_account(call: Call[None, None]) -> Result:
+    found = await call.relay.accounts.find(call.tenant, call.path["name"])
+    if found is None:
+        raise NotFound(f"no account {call.path['name']}")
+    return Result(200, _account(call.relay, found, call.tenant))
+
+
+async def change_account(call: Call[r.AccountChange, None]) -> Result:
+    relay, name = call.relay, _own_account(call)
+    changes = _settings(relay, call.body.model_dump(exclude_unset=True))
+
+    def changed(before: Credential) -> Credential:
+        after = replace(before, **changes)
+        if after.base_url is not None:
+            _url(relay, "base_url", after.base_url)
+        if "api_key" not in changes and _host(before) != _host(after):
+            problem = "is required with a base_url at another host: the one that is stored goes nowhere else"
+            raise Invalid(FieldError("api_key", problem))
+        return after
+
+    entry = call.entry("account.changed", call.path["name"], fields=sorted(call.body.model_fields_set))
+    is_there = await relay.store.credentials.change(name, changed, now=relay.now(), entry=entry)
+    found = await _changed_account(relay, name) if is_there else None
+    if found is None:
+        raise _no_own_account(call)
+    return Result(200, _account(relay, found, call.tenant))
+
+
+async def delete_account(call: Call[None, None]) -> Result:
+    relay, name = call.relay, _own_account(call)
+    entry = call.entry("account.deleted", call.path["name"])
+    if not await relay.store.credentials.delete(name, entry=entry):
+        raise _no_own_account(call)
+    await _changed_account(relay, name)
+    return Result(204)
+
+
+def _secret(endpoint: Endpoint, now: int) -> r.SecretResource:
+    if not endpoint.secrets:
+        raise Conflict(_BROKEN)
+    newest, *older = endpoint.secrets
+    expires_at = max((one.expires_at or 0 for one in older), default=0)
+    return r.SecretResource(
+        secret=newest.symmetric,
+        public_key=endpoint.public_key,
+        previous_secret_expires_at=rfc3339(expires_at) if expires_at > now else None,
+    )
+
+
+async def create_key(call: Call[r.KeyCreate, None]) -> Result:
+    relay, body, now = call.relay, call.body, call.relay.now()
+    tenant = _named_tenant(call, body.tenant)
+    if body.expires_at is not None and body.expires_at <= now:
+        raise Invalid(FieldError("expires_at", "must be in the future"))
+    key_id, text = new_key(now)
+    key = Key(
+        id=key_id,
+        tenant=tenant,
+        name=body.name,
+        scopes=[scope for scope in Scope if scope in body.scopes],
+        hash=hash_of(text),
+        created_at=now,
+        expires_at=body.expires_at,
+        rate_limit=body.rate_limit,
+    )
+    if tenant != call.tenant:
+        await relay.store.tenants.found(tenant, signature.new_secret(), now=now)
+    entry = call.entry("key.created", key.id, tenant=tenant)
+    made = await relay.store.keys.create(key, call.idempotency, asker=call.tenant, entry=entry)
+    if made is None:
+        raise Conflict("what this Idempotency-Key created is gone")
+    return Result(201, r.KeyWithText.of(made, text if made.id == key.id else None))
+
+
+async def list_keys(call: Call[None, r.KeyQuery]) -> Result:
+    found = await call.relay.store.keys.page(
+        _named_tenant(call, call.query.tenant), limit=call.query.limit + 1, cursor=call.query.cursor
+    )
+    return _page(found, call.query, r.KeyResource.of)
+
+
+async def get_key(call: Call[None, r.TenantQuery]) -> Result:
+    found = await call.relay.store.keys.get(_named_tenant(call, call.query.tenant), call.path["id"])
+    if found is None:
+        raise NotFound(f"no key {call.path['id']}")
+    return Result(200, r.KeyResource.of(found))
+
+
+async def revoke_key(call: Call[None, r.TenantQuery]) -> Result:
+    tenant, id_ = _named_tenant(call, call.query.tenant), call.path["id"]
+    entry = call.entry("key.revoked", id_, tenant=tenant)
+    if not await call.relay.store.keys.revoke(tenant, id_, now=call.relay.now(), entry=entry):
+        raise NotFound(f"no key {id_}")
+    return Result(204)
+
+
+async def list_audit(call: Call[None, r.AuditQuery]) -> Result:
+    found = await call.relay.store.audit.page(
+        _named_tenant(call, call.query.tenant),
+        call.query.filters(),
+        limit=call.query.limit + 1,
+        cursor=call.query.cursor,
+    )
+    return _page(found, call.query, r.AuditResource.of)
+
+
+def _named_tenant(call: Call[Any, Any], named: str | None) -> str:
+    """The tenant that an admin's request is about: its own one, unless the operator names another one."""
+    if named is not None and named != call.tenant and call.tenant != DEFAULT:
+        raise Forbidden(f"only admins of the tenant {DEFAULT} may name another tenant than their own")
+    return named or call.tenant
+
+
+def _take(limit: Limit, key: str, now: int, what: str) -> None:
+    if wait := limit.take(key, now):
+        raise Limited(what, retry_after=wait)
 
 
 def _url(relay: Relay, field: str, url: str) -> str:
@@ -291,11 +486,56 @@ def _url(relay: Relay, field: str, url: str) -> str:
         raise Invalid(FieldError(field, str(error))) from error
 
 
-def _known_accounts(relay: Relay, names: Sequence[str] | None) -> Sequence[str]:
+async def _known_accounts(call: Call[Any, Any], names: Sequence[str] | None) -> Sequence[str]:
     for name in names or ():
-        if name not in relay.accounts:
-            raise Invalid(FieldError("accounts", f"there is no account {name!r} in the configuration"))
+        if await call.relay.accounts.find(call.tenant, name) is None:
+            raise Invalid(FieldError("accounts", f"there is no account {name!r}"))
     return names or ()
+
+
+def _own_account(call: Call[Any, Any]) -> str:
+    """What Relay calls the account of this name that a tenant may have added. Raises NotFound for no name."""
+    if not accounts.is_name(call.path["name"]):
+        raise _no_own_account(call)
+    return accounts.inner(call.tenant, call.path["name"])
+
+
+def _no_own_account(call: Call[Any, Any]) -> Refused:
+    """Why there is nothing to change or delete."""
+    name = call.path["name"]
+    seen = call.relay.accounts.of(call.tenant).get(name)
+    if seen is None or seen.owner is not None:
+        return NotFound(f"no account {name}")
+    return Conflict(
+        f"account {name!r} is in the relay's configuration file (accounts.{name}): change it there"
+    )
+
+
+async def _changed_account(relay: Relay, name: str) -> Account | None:
+    """The account as it is now, after this relay has changed it and told the others; None when it is gone."""
+    relay.bell.ring("accounts", name)
+    await relay.accounts.look([name])
+    relay.poller.wake()
+    return relay.accounts.get(name)
+
+
+def _settings(relay: Relay, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request says of an account, in the words of its credential."""
+    settings = {name: given[name] for name in _SAME if name in given}
+    if "webhook_secret" in given:
+        settings["webhook_secrets"] = tuple(given["webhook_secret"] or ())
+    if given.get("base_url") is not None:
+        settings["base_url"] = _url(relay, "base_url", given["base_url"])
+    for name in ("timeout", "poll_interval"):
+        if f"{name}_seconds" in given:
+            seconds = given[f"{name}_seconds"]
+            settings[name] = math.ceil(seconds * 1000) if seconds is not None else None
+    return settings
+
+
+def _host(credential: Credential) -> tuple[str, str, int | None]:
+    url = httpx.URL(credential.base_url or load(credential.provider).base_url)
+    return url.scheme, url.host, url.port
 
 
 async def _endpoint(call: Call[Any, Any]) -> Endpoint:
@@ -392,23 +632,28 @@ def _delivery_fields(one: Delivery) -> dict[str, Any]:
     }
 
 
-def _account(relay: Relay, name: str) -> r.AccountResource:
-    account, standing, now = relay.accounts[name], relay.poller.standings[name], relay.now()
+def _account(relay: Relay, account: Account, tenant: str) -> r.AccountResource:
+    standing, now = relay.poller.standing(account), relay.now()
     health, budget = standing.health, standing.budget
     used = budget.used_today - max(0, standing.lent) if now < budget.day_ends_at else 0
     wait = standing.wait(now)
     return r.AccountResource(
-        name=name,
+        name=account.shown,
         provider=account.provider.name,
         status=health.status.value,
+        configured=account.owner is None,
+        api_key_hint=account.api_key_hint,
         base_url=account.base_url,
+        timeout_seconds=account.pace.timeout / 1000,
+        poll_interval_seconds=account.pace.interval / 1000,
         calls_back=account.provider.calls_back,
+        webhook_url=relay.callbacks.account_url(account.name) if account.provider.signs else None,
         budget=r.BudgetResource(
-            requests_per_minute=budget.per_minute,
-            requests_per_day=budget.per_day,
+            requests_per_minute=account.requests_per_minute,
+            requests_per_day=account.requests_per_day,
             used_today=max(0, used),
             next_request_at=rfc3339(now + wait) if wait else None,
         ),
-        last_error=health.last_error,
+        last_error=account.told(tenant, health.last_error),
         last_error_at=rfc3339(health.last_error_at) if health.last_error_at is not None else None,
     )

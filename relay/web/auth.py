@@ -1,36 +1,96 @@
-"""Who is asking: API keys."""
+"""Who is asking, and what they may do: API keys."""
 
-import hashlib
 import hmac
-import secrets
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 
-from relay.errors import Unauthorized
+from relay.errors import Forbidden, Limited, StoreError, Unauthorized
+from relay.key import Key, Scope, hash_of, id_of
+from relay.limit import Limit
+from relay.store.keys import Keys
 from relay.store.tenants import DEFAULT
-from relay.web.context import Relay
+from relay.times import rfc3339
+
+ADMIN_KEY = "admin_key"
+# Keys with the same rate limit share its book-keeping; more different rates begin anew.
+_MOST_RATES = 100
+_LONGEST_ADDRESS = 64
 
 
-def new_key() -> str:
-    return "rk_" + secrets.token_urlsafe(32)
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Somebody whose key is good; `actor` is the key's id, or `admin_key` for that of the configuration."""
+
+    tenant: str
+    actor: str
+    scopes: Collection[Scope]
+    address: str | None
+
+    def need(self, scope: Scope) -> None:
+        """Raises Forbidden unless the key has this scope, or all of them."""
+        if scope not in self.scopes and Scope.ADMIN not in self.scopes:
+            has = ", ".join(self.scopes)
+            raise Forbidden(f"this needs an API key with the scope {scope}; yours has {has}")
 
 
-def hash_key(key: str) -> str:
-    """What is stored of a key: it is random enough for a fast hash."""
-    return hashlib.sha256(key.encode()).hexdigest()
+class Gate:
+    """Lets requests in, by their keys as they are now, and remembers when each key was used last."""
 
+    def __init__(self, keys: Keys, admin_key: str | None, *, now: Callable[[], int]) -> None:
+        self._keys, self._now = keys, now
+        self._admin = hash_of(admin_key) if admin_key else None
+        self._limits: dict[float, Limit] = {}
+        self._used: dict[str, int] = {}
 
-async def tenant_of(request: Request[Any], relay: Relay) -> str:
-    """The tenant whose key the request carries. Raises Unauthorized without one or with a wrong one."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    key = key.strip()
-    if scheme.lower() != "bearer" or not key:
-        raise Unauthorized("send your API key: Authorization: Bearer <key>")
-    admin = relay.settings.admin_key
-    if admin is not None and hmac.compare_digest(hash_key(admin), hash_key(key)):
-        return DEFAULT
-    tenant = await relay.store.tenants.key_tenant(hash_key(key))
-    if tenant is None:
-        raise Unauthorized("this API key is not known here")
-    return tenant
+    async def admit(self, request: Request[Any]) -> Caller:
+        """Whoever's key the request carries. Raises Unauthorized without a good one, Limited when it is used
+        too often."""
+        scheme, _, text = request.headers.get("authorization", "").partition(" ")
+        text = text.strip()
+        if scheme.lower() != "bearer" or not text:
+            raise Unauthorized("send your API key: Authorization: Bearer <key>")
+        address = request.client.host[:_LONGEST_ADDRESS] if request.client is not None else None
+        if self._admin is not None and hmac.compare_digest(self._admin, hash_of(text)):
+            return Caller(DEFAULT, ADMIN_KEY, (Scope.ADMIN,), address)
+        key, now = await self._known(text), self._now()
+        self._limit(key, now)
+        self._used[key.id] = now
+        return Caller(key.tenant, key.id, key.scopes, address)
+
+    async def write_down(self) -> None:
+        """When keys were used last, as far as that is not written down yet. Raises StoreError, and may be
+        tried again."""
+        used, self._used = self._used, {}
+        if not used:
+            return
+        try:
+            await self._keys.used(used)
+        except StoreError:
+            self._used = used | self._used
+            raise
+
+    async def _known(self, text: str) -> Key:
+        id_ = id_of(text)
+        key = await self._keys.find(id_) if id_ is not None else None
+        if key is None or not key.has(text):
+            raise Unauthorized("this API key is not known here")
+        # Only who has the key is told what became of it.
+        if key.revoked_at is not None:
+            raise Unauthorized(f"this API key was revoked at {rfc3339(key.revoked_at)}")
+        if key.expires_at is not None and key.expires_at <= self._now():
+            raise Unauthorized(f"this API key expired at {rfc3339(key.expires_at)}")
+        return key
+
+    def _limit(self, key: Key, now: int) -> None:
+        if key.rate_limit is None:
+            return
+        limit = self._limits.get(key.rate_limit)
+        if limit is None:
+            if len(self._limits) >= _MOST_RATES:
+                self._limits.pop(next(iter(self._limits)))
+            limit = self._limits[key.rate_limit] = Limit(key.rate_limit, max(1, int(key.rate_limit)))
+        if wait := limit.take(key.id, now):
+            raise Limited(f"this API key may be used {key.rate_limit:g} times a second", retry_after=wait)

@@ -1,6 +1,6 @@
 """What every request can reach: built once by `relay.app`, typed, and nothing else is shared."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -12,20 +12,23 @@ from relay.config import Settings
 from relay.deliver import Deliverer
 from relay.hold import Holder
 from relay.ingest import Ingest
+from relay.limit import Limit
 from relay.poll import Poller
-from relay.providers import Account
+from relay.roster import Roster
 from relay.shard import Held
 from relay.store import Store
 from relay.store.generations import Hint, Watch, Watched
+from relay.web.auth import Gate
 
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """A running relay. `watch` and `hint` return when the group they were written in is durable."""
+    """A running relay. `watch` and `hint` return when the group they were written in is durable. Tests are
+    limited for each endpoint, replays for each tenant."""
 
     settings: Settings
     store: Store
-    accounts: Mapping[str, Account]
+    accounts: Roster
     callbacks: Callbacks
     ingest: Ingest
     asker: Asker
@@ -34,6 +37,9 @@ class Relay:
     shards: Held
     holder: Holder
     bell: Bell
+    gate: Gate
+    test_limit: Limit
+    replay_limit: Limit
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]
     now: Callable[[], int]

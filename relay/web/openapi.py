@@ -1,5 +1,6 @@
 """The OpenAPI 3.1 document, made from the operations and their models."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from relay import __version__
+from relay.body import DEPTH, DIGITS
 from relay.event import (
     DISABLED,
     ENDINGS,
@@ -18,6 +20,7 @@ from relay.event import (
     TRIED_ONCE,
     UNKNOWN_STATUS,
 )
+from relay.key import MEANINGS
 from relay.web import resources as r
 from relay.web.operation import LARGEST_BODY, Operation
 
@@ -43,11 +46,20 @@ _PROBLEM = {
 }
 _REFUSALS = {
     400: "Malformed: not JSON, or the body did not arrive",
-    401: "No or bad key",
+    401: "No key, or one that is unknown, expired or revoked",
+    403: "The key lacks the scope",
     413: f"The body is larger than {LARGEST_BODY} bytes",
+    415: "The body has a Content-Encoding",
     422: "Well-formed but invalid: `errors` names each field",
+    429: "The key is used more often than its rate_limit allows: see Retry-After",
     503: "Storage cannot accept: nothing was changed, try again after Retry-After",
 }
+_KEYS = (
+    "An API key, made by `relay keys create` or `POST /v1/keys`. It belongs to a tenant and sees nothing of"
+    " another one. None of its scopes includes another one, but `admin` all of them: "
+    + "; ".join(f"`{scope}`: {meaning}" for scope, meaning in MEANINGS.items())
+    + ". What each operation needs is its `x-scope`."
+)
 _EXAMPLE = {
     "id": "gen_01KKVHBCB0Q2VBV3N8S0WZ6T1D",
     "provider": "pixellabs",
@@ -144,7 +156,9 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
         "info": {
             "title": "Relay",
             "version": __version__,
-            "description": "A self-hosted webhook relay and notifier for AI generation jobs.",
+            "description": "A self-hosted webhook relay and notifier for AI generation jobs. Bodies are JSON"
+            f" in UTF-8 without a Content-Encoding, at most {LARGEST_BODY} bytes and {DEPTH} levels deep; an"
+            f" integer has at most {DIGITS} digits; of members with the same name the last one counts.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "security": [{"key": []}],
@@ -152,7 +166,7 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
         "webhooks": _webhooks(names),
         "components": {
             "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": _KEYS}},
         },
     }
 
@@ -230,7 +244,9 @@ def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _hook_refusals(own: Mapping[int, str]) -> dict[str, Any]:
     problem = {"application/problem+json": {"schema": {"$ref": _REF.format(model="Problem")}}}
-    meanings = {400: "The body did not arrive", **{status: _REFUSALS[status] for status in (413, 503)}, **own}
+    always = {status: _REFUSALS[status] for status in (413, 415, 503)}
+    always[429] = "They come too often: see Retry-After"
+    meanings = {400: "The body did not arrive", **always, **own}
     return {
         str(status): {"description": meaning, "content": problem}
         for status, meaning in sorted(meanings.items())
@@ -272,6 +288,8 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
     described: dict[str, Any] = {
         "operationId": operation.handler.__name__,
         "summary": operation.summary,
+        "description": f"Needs the scope `{operation.scope}`.",
+        "x-scope": operation.scope,
         "tags": [operation.path.split("/")[2]],
         "parameters": _parameters(operation),
         "responses": answers,
@@ -291,8 +309,8 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
     parameters: list[dict[str, Any]] = []
-    if "{id}" in operation.path:
-        parameters.append({"name": "id", "in": "path", "required": True, "schema": {"type": "string"}})
+    for name in re.findall(r"{(\w+)}", operation.path):
+        parameters.append({"name": name, "in": "path", "required": True, "schema": {"type": "string"}})
     if operation.query is not None:
         schema = TypeAdapter(operation.query).json_schema()
         for name, one in schema["properties"].items():

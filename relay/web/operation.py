@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -13,27 +13,48 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from relay.body import compact, parse
-from relay.errors import FieldError, Invalid, Malformed, NotFound, TooLarge
+from relay.errors import FieldError, Invalid, Malformed, NotFound, TooLarge, Unsupported
+from relay.key import Scope as KeyScope
+from relay.store.audit import Entry
 from relay.store.idempotency import Idempotency
-from relay.web.auth import tenant_of
+from relay.web.auth import Caller
 from relay.web.context import Relay, State
 
 LARGEST_BODY = 1024 * 1024
 BODY_DEADLINE = 10.0
+MOST_ERRORS, LONGEST_NAME = 100, 100
 B = TypeVar("B")
 Q = TypeVar("Q")
 
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[B, Q]):
-    """A request that has been let in and read: whose it is and what it says."""
+    """A request that has been let in and read: who makes it and what it says."""
 
     relay: Relay
-    tenant: str
+    caller: Caller
     path: Mapping[str, str]
     body: B
     query: Q
     idempotency: Idempotency | None
+
+    @property
+    def tenant(self) -> str:
+        return self.caller.tenant
+
+    def entry(
+        self, action: str, about: str, *, fields: Sequence[str] = (), tenant: str | None = None
+    ) -> Entry:
+        """What the audit log is to say of this: `action` is done to what has the id `about`."""
+        return Entry(
+            tenant=tenant or self.tenant,
+            at=self.relay.now(),
+            actor=self.caller.actor,
+            action=action,
+            object=about,
+            address=self.caller.address,
+            fields=fields,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +67,13 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`answers` says what each status means; `creates` honours Idempotency-Key; a `body` that may be empty
-    may be left out; `at_most` bodies may come as a list, and are answered as a `page`."""
+    """`scope` is what a key must have for it; `answers` says what each status means; `creates` honours
+    Idempotency-Key; a `body` that may be empty may be left out; `at_most` bodies may come as a list, and are
+    answered as a `page`."""
 
     method: str
     path: str
+    scope: KeyScope
     summary: str
     handler: Callable[[Call[Any, Any]], Awaitable[Result]]
     returns: type[BaseModel] | None
@@ -79,13 +102,14 @@ class Operation:
 
     async def _answer(self, request: Request[State]) -> Response:
         relay = request.state["relay"]
-        tenant = await tenant_of(request, relay)
+        caller = await relay.gate.admit(request)
+        caller.need(self.scope)
         if "\0" in request.scope["path"]:
             raise NotFound("there is no such thing")
         raw = await read_body(request)
         call = Call(
             relay=relay,
-            tenant=tenant,
+            caller=caller,
             path=request.path_params,
             body=self._read(raw),
             query=_validate(self.query, dict(request.query_params)) if self.query else None,
@@ -121,7 +145,10 @@ class Operation:
 
 
 async def read_body(request: Request[Any]) -> bytes:
-    """The body, within its limits of size and time. Raises TooLarge or Malformed."""
+    """The body, within its limits of size and time. Raises Unsupported, TooLarge or Malformed."""
+    encodings = request.headers.getlist("content-encoding")
+    if any(one.strip().lower() not in ("", "identity") for one in encodings):
+        raise Unsupported("send the body as it is, without a Content-Encoding")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > LARGEST_BODY:
         raise TooLarge(f"the body may be {LARGEST_BODY} bytes at most")
@@ -145,11 +172,13 @@ def _validate(model: type[BaseModel], document: Any, prefix: str = "") -> BaseMo
     try:
         return model.model_validate(document)
     except ValidationError as error:
+        if error.error_count() > MOST_ERRORS:
+            raise Invalid(FieldError("body", f"is wrong in {error.error_count()} places")) from error
         raise Invalid(*(_field_error(one, prefix) for one in error.errors(include_url=False))) from error
 
 
 def _field_error(error: Any, prefix: str) -> FieldError:
-    name = prefix + ".".join(str(part) for part in error["loc"]) or "body"
+    name = (prefix + ".".join(str(part) for part in error["loc"]) or "body")[:LONGEST_NAME]
     if error["type"] == "extra_forbidden":
         return FieldError(name, "is not a field of this request")
     if error["type"] == "missing":

@@ -1,9 +1,11 @@
 """The table of all operations: routes and OpenAPI are both made from it."""
 
+from relay.key import Scope
 from relay.web import api
 from relay.web import resources as r
 from relay.web.operation import Operation
 
+READ, WRITE, REPLAY, ADMIN = Scope.READ, Scope.WRITE, Scope.REPLAY, Scope.ADMIN
 _FOUND = {200: "Found", 404: "There is no such thing"}
 _ENDPOINT = {"url": "https://hooks.example.com/relay", "event_types": ["generation.completed"]}
 _GENERATION = {"account": "pixellabs", "job_id": "gen_8f7b2c9a1e3d", "metadata": {"order": 42}}
@@ -12,6 +14,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/endpoints",
+        WRITE,
         "Register a URL",
         api.create_endpoint,
         r.EndpointWithSecret,
@@ -23,16 +26,20 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/endpoints",
+        READ,
         "List endpoints",
         api.list_endpoints,
         r.Page[r.EndpointResource],
         {200: "A page"},
         query=r.PageQuery,
     ),
-    Operation("GET", "/v1/endpoints/{id}", "Show an endpoint", api.get_endpoint, r.EndpointResource, _FOUND),
+    Operation(
+        "GET", "/v1/endpoints/{id}", READ, "Show an endpoint", api.get_endpoint, r.EndpointResource, _FOUND
+    ),
     Operation(
         "PATCH",
         "/v1/endpoints/{id}",
+        WRITE,
         "Change an endpoint",
         api.change_endpoint,
         r.EndpointResource,
@@ -43,6 +50,7 @@ OPERATIONS = (
     Operation(
         "DELETE",
         "/v1/endpoints/{id}",
+        WRITE,
         "Delete an endpoint; its open deliveries are canceled",
         api.delete_endpoint,
         None,
@@ -51,6 +59,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/endpoints/{id}/enable",
+        WRITE,
         "Enable an endpoint",
         api.enable_endpoint,
         r.EndpointResource,
@@ -59,6 +68,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/endpoints/{id}/disable",
+        WRITE,
         "Disable an endpoint; its open deliveries are canceled",
         api.disable_endpoint,
         r.EndpointResource,
@@ -67,14 +77,21 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/endpoints/{id}/test",
+        WRITE,
         "Send endpoint.test, once",
         api.test_endpoint,
         r.DeliveryResource,
-        {202: "On its way", 404: _FOUND[404], 409: "The endpoint is disabled"},
+        {
+            202: "On its way",
+            404: _FOUND[404],
+            409: "The endpoint is disabled",
+            429: f"Tested more than {api.TESTS_A_MINUTE} times a minute: see Retry-After",
+        },
     ),
     Operation(
         "POST",
         "/v1/endpoints/{id}/secret/rotate",
+        ADMIN,
         "Give an endpoint a new secret; the old one signs too for a while",
         api.rotate_secret,
         r.SecretResource,
@@ -85,6 +102,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/endpoints/{id}/secret",
+        ADMIN,
         "Show an endpoint's secret",
         api.get_secret,
         r.SecretResource,
@@ -93,6 +111,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/signing-secret",
+        ADMIN,
         "Show what deliveries to callback_url are signed with",
         api.get_signing_secret,
         r.SecretResource,
@@ -101,6 +120,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/generations",
+        WRITE,
         "Watch a generation",
         api.create_generation,
         r.GenerationResource,
@@ -112,6 +132,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/generations",
+        READ,
         "List generations",
         api.list_generations,
         r.Page[r.GenerationResource],
@@ -119,11 +140,18 @@ OPERATIONS = (
         query=r.GenerationQuery,
     ),
     Operation(
-        "GET", "/v1/generations/{id}", "Show a generation", api.get_generation, r.GenerationResource, _FOUND
+        "GET",
+        "/v1/generations/{id}",
+        READ,
+        "Show a generation",
+        api.get_generation,
+        r.GenerationResource,
+        _FOUND,
     ),
     Operation(
         "PATCH",
         "/v1/generations/{id}",
+        WRITE,
         "Set a generation's job id or metadata",
         api.change_generation,
         r.GenerationResource,
@@ -134,6 +162,7 @@ OPERATIONS = (
     Operation(
         "DELETE",
         "/v1/generations/{id}",
+        WRITE,
         "Stop watching a generation",
         api.delete_generation,
         None,
@@ -142,6 +171,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/generations/{id}/refresh",
+        WRITE,
         "Ask the provider now; last_error tells when it could not be asked",
         api.refresh_generation,
         r.GenerationResource,
@@ -155,6 +185,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/generations/{id}/wait",
+        READ,
         "Answer when a generation has ended or the time is over",
         api.wait_for_generation,
         r.GenerationResource,
@@ -164,6 +195,7 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/events",
+        WRITE,
         "Publish an event of your own, or up to 100 as a list",
         api.publish_event,
         r.EventResource,
@@ -177,16 +209,18 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/events",
+        READ,
         "List events",
         api.list_events,
         r.Page[r.EventResource],
         {200: "A page"},
         query=r.EventQuery,
     ),
-    Operation("GET", "/v1/events/{id}", "Show an event", api.get_event, r.EventResource, _FOUND),
+    Operation("GET", "/v1/events/{id}", READ, "Show an event", api.get_event, r.EventResource, _FOUND),
     Operation(
         "GET",
         "/v1/deliveries",
+        READ,
         "List deliveries",
         api.list_deliveries,
         r.Page[r.DeliveryResource],
@@ -196,6 +230,7 @@ OPERATIONS = (
     Operation(
         "GET",
         "/v1/deliveries/{id}",
+        READ,
         "Show a delivery and its attempts",
         api.get_delivery,
         r.DeliveryWithAttempts,
@@ -204,18 +239,119 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/deliveries/{id}/replay",
+        REPLAY,
         "Make a finished delivery pending again",
         api.replay_delivery,
         r.DeliveryResource,
-        {202: "Pending again", 404: _FOUND[404], 409: "It is not finished, or its endpoint takes nothing"},
+        {
+            202: "Pending again",
+            404: _FOUND[404],
+            409: "It is not finished, or its endpoint takes nothing",
+            429: (
+                f"More than {api.REPLAYS_A_SECOND} replays a second, after the first"
+                f" {api.REPLAYS_AT_ONCE}: see Retry-After"
+            ),
+        },
+    ),
+    Operation(
+        "POST",
+        "/v1/accounts",
+        ADMIN,
+        "Add an account; its credential is never shown again",
+        api.create_account,
+        r.AccountResource,
+        {201: "Added", 409: "There is an account of this name, or too many"},
+        body=r.AccountCreate,
+        creates=True,
+        example={"name": "luma", "provider": "luma", "api_key": "luma-0123456789abcdef"},
     ),
     Operation(
         "GET",
         "/v1/accounts",
+        READ,
         "List accounts and how they are",
         api.list_accounts,
         r.Page[r.AccountResource],
         {200: "A page"},
         query=r.PageQuery,
+    ),
+    Operation(
+        "GET", "/v1/accounts/{name}", READ, "Show an account", api.get_account, r.AccountResource, _FOUND
+    ),
+    Operation(
+        "PATCH",
+        "/v1/accounts/{name}",
+        ADMIN,
+        "Change an account that was added by API; its next request is made with the new credential",
+        api.change_account,
+        r.AccountResource,
+        {200: "Changed", 404: _FOUND[404], 409: "It is in the configuration file"},
+        body=r.AccountChange,
+        example={"api_key": "luma-fedcba9876543210"},
+    ),
+    Operation(
+        "DELETE",
+        "/v1/accounts/{name}",
+        ADMIN,
+        "Delete an account that was added by API",
+        api.delete_account,
+        None,
+        {
+            204: "Deleted",
+            404: _FOUND[404],
+            409: "There are open generations of it, or it is in the configuration file",
+        },
+    ),
+    Operation(
+        "POST",
+        "/v1/keys",
+        ADMIN,
+        "Make an API key",
+        api.create_key,
+        r.KeyWithText,
+        {201: "Made; the key is shown only now"},
+        body=r.KeyCreate,
+        creates=True,
+        example={"name": "orders", "scopes": ["read", "write"], "expires_at": "2099-01-01T00:00:00Z"},
+    ),
+    Operation(
+        "GET",
+        "/v1/keys",
+        ADMIN,
+        "List API keys, never the keys themselves",
+        api.list_keys,
+        r.Page[r.KeyResource],
+        {200: "A page"},
+        query=r.KeyQuery,
+    ),
+    Operation(
+        "GET",
+        "/v1/keys/{id}",
+        ADMIN,
+        "Show an API key, never the key itself",
+        api.get_key,
+        r.KeyResource,
+        _FOUND,
+        query=r.TenantQuery,
+    ),
+    Operation(
+        "DELETE",
+        "/v1/keys/{id}",
+        ADMIN,
+        "Revoke an API key: the next request with it is refused",
+        api.revoke_key,
+        None,
+        {204: "Revoked", 404: _FOUND[404]},
+        query=r.TenantQuery,
+    ),
+    Operation(
+        "GET",
+        "/v1/audit",
+        ADMIN,
+        "List what was done with keys, secrets, endpoints and deliveries, by whom and from where",
+        api.list_audit,
+        r.Page[r.AuditResource],
+        {200: "A page"},
+        query=r.AuditQuery,
     ),
 )

@@ -17,7 +17,8 @@ from relay.web.context import State
 from relay.web.openapi import document
 from relay.web.operation import Operation
 
-_CSP = "default-src 'none'; style-src 'unsafe-inline'"
+_NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_CSP = f"{_NOTHING}; style-src 'unsafe-inline'"
 
 
 async def live(request: Request) -> Response:

@@ -13,9 +13,12 @@ from pydantic import (
     model_validator,
 )
 
-from relay import delivery, endpoint, event, generation
+from relay import account, delivery, endpoint, event, generation
 from relay.body import compact
+from relay.key import NAME_OF_TENANT, Key, Scope
+from relay.providers import PROVIDERS
 from relay.signature import secret_key
+from relay.store.audit import Noted
 from relay.times import parse_rfc3339, rfc3339
 
 LARGEST_METADATA = 16 * 1024
@@ -60,6 +63,21 @@ def _secret(value: str) -> str:
     return value
 
 
+def _provider(value: str) -> str:
+    # Never a module to import: that is for the configuration alone.
+    if value not in PROVIDERS:
+        raise ValueError(f"must be one of {', '.join(PROVIDERS)}")
+    return value
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 def _headers(value: Mapping[str, str]) -> Mapping[str, str]:
     for name, content in value.items():
         problem = endpoint.header_problem(name, content)
@@ -97,6 +115,15 @@ HeaderName = Annotated[str, _said(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
 HeaderValue = Annotated[str, _said(pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", maxLength=1024)]
 Headers = Annotated[Mapping[HeaderName, HeaderValue], Field(max_length=20), AfterValidator(_headers)]
 RateLimit = Annotated[float, Field(gt=0, le=10_000, description="Attempts a second, at most.")]
+# What Relay shows to a provider, or a provider to Relay. Shorter ones could not be blotted out of a text.
+Credential = Annotated[str, Field(min_length=8, max_length=4096, pattern=r"^[\x21-\x7e]+$")]
+WebhookSecrets = Annotated[
+    list[Credential],
+    Field(min_length=1, max_length=10, description="One, or a list of several while it is changed."),
+    BeforeValidator(_listed, json_schema_input_type=Credential | list[Credential]),
+]
+Seconds = Annotated[float, Field(ge=0.1, le=30 * 86_400)]
+Limit = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Instant = Annotated[
     int, BeforeValidator(_instant, json_schema_input_type=Annotated[str, _said(format="date-time")])
 ]
@@ -156,6 +183,7 @@ class EndpointCreate(Request):
     headers: Headers | None = None
     rate_limit: RateLimit | None = None
     secret: Secret | None = None
+    ed25519: bool = Field(default=False, description="Whether to sign with Ed25519 (`v1a`) as well.")
     metadata: Metadata | None = None
 
 
@@ -175,6 +203,7 @@ class EndpointChange(Request):
     accounts: Annotated[list[str], Field(max_length=100)] | None = None
     headers: Headers | None = None
     rate_limit: RateLimit | None = None
+    ed25519: bool = False
     metadata: Metadata | None = None
 
 
@@ -192,6 +221,7 @@ class EndpointResource(Resource):
     filter: None = None
     headers: Mapping[str, str]
     rate_limit: float | None
+    public_key: str | None = Field(description="`whpk_…`, where it is signed with Ed25519 (`v1a`) as well.")
     metadata: Mapping[str, Any]
     status: Literal["enabled", "disabled"]
     disabled_reason: str | None
@@ -208,7 +238,7 @@ class EndpointWithSecret(EndpointResource):
 
     @classmethod
     def of(cls, one: endpoint.Endpoint) -> Self:
-        return cls(**_endpoint(one), secret=one.secret)
+        return cls(**_endpoint(one), secret=one.secrets[0].symmetric)
 
 
 def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
@@ -220,6 +250,7 @@ def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
         "accounts": list(one.accounts) or None,
         "headers": one.headers,
         "rate_limit": one.rate_limit,
+        "public_key": one.public_key,
         "metadata": one.metadata,
         "status": "disabled" if one.disabled_at is not None else "enabled",
         "disabled_reason": one.disabled_reason,
@@ -230,6 +261,7 @@ def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
 
 class SecretResource(Resource):
     secret: str
+    public_key: str | None = Field(default=None, description="`whpk_…`, where it signs with Ed25519 as well.")
     previous_secret_expires_at: Time | None = None
 
 
@@ -442,15 +474,150 @@ class BudgetResource(Resource):
     next_request_at: Time | None = Field(description="When the next request may be made; null is now.")
 
 
+class AccountCreate(Request):
+    name: str = Field(pattern=account.NAME)
+    provider: Annotated[str, AfterValidator(_provider), Field(json_schema_extra={"enum": sorted(PROVIDERS)})]
+    api_key: Credential = Field(repr=False)
+    webhook_secret: WebhookSecrets | None = Field(default=None, repr=False)
+    base_url: str | None = None
+    timeout_seconds: Seconds | None = None
+    poll_interval_seconds: Seconds | None = None
+    requests_per_minute: Limit | None = None
+    requests_per_day: Limit | None = None
+
+
+class AccountChange(Request):
+    """Only the fields that are given are changed; null is the provider's own value again."""
+
+    api_key: Credential = Field(
+        default="",
+        repr=False,
+        description="Needed with a base_url at another host.",
+        # That is no value it may have: left out, it stays as it is.
+        json_schema_extra=_without_default,
+    )
+    webhook_secret: WebhookSecrets | None = Field(default=None, repr=False)
+    base_url: str | None = None
+    timeout_seconds: Seconds | None = None
+    poll_interval_seconds: Seconds | None = None
+    requests_per_minute: Limit | None = None
+    requests_per_day: Limit | None = None
+
+
 class AccountResource(Resource):
     name: str
     provider: str
     status: Literal["ok", "unauthorized", "failing"]
+    configured: bool = Field(description="In the configuration file: it cannot be changed by API.")
+    api_key_hint: str | None = Field(
+        description="The last 4 characters of a key that was given by API and has at least 20."
+    )
     base_url: str
+    timeout_seconds: float
+    poll_interval_seconds: float = Field(
+        description="The shortest pause between two polls of one generation."
+    )
     calls_back: bool
+    webhook_url: str | None = Field(
+        description="Where a provider that signs may call back about any job of the account; null where it"
+        " does not sign. Register it there, and set webhook_secret: until then nothing is taken."
+    )
     budget: BudgetResource
     last_error: str | None
     last_error_at: Time | None
+
+
+class KeyCreate(Request):
+    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1)]
+    name: str | None = Field(default=None, min_length=1, max_length=200)
+    tenant: str | None = Field(
+        default=None,
+        pattern=NAME_OF_TENANT,
+        description="Another tenant than the caller's: only for admins of the tenant default.",
+    )
+    expires_at: Annotated[Instant | None, Field(description="Without it, until it is revoked.")] = None
+    rate_limit: float | None = Field(
+        default=None, gt=0, le=10_000, description="Requests a second, at most, for each relay."
+    )
+
+
+class TenantQuery(Query):
+    tenant: str | None = None
+
+
+class KeyQuery(PageQuery, TenantQuery):
+    pass
+
+
+class KeyResource(Resource):
+    id: str
+    tenant: str
+    name: str | None
+    scopes: Sequence[Scope]
+    rate_limit: float | None
+    created_at: Time
+    expires_at: Time | None
+    revoked_at: Time | None
+    last_used_at: Time | None = Field(description="Written down about once a minute.")
+
+    @classmethod
+    def of(cls, one: Key) -> Self:
+        return cls(**_key(one))
+
+
+class KeyWithText(KeyResource):
+    key: str | None = Field(
+        description="Shown now and never again: null when an Idempotency-Key is used again."
+    )
+
+    @classmethod
+    def of(cls, one: Key, text: str | None = None) -> Self:
+        return cls(**_key(one), key=text)
+
+
+def _key(one: Key) -> dict[str, Any]:
+    times = ("created_at", "expires_at", "revoked_at", "last_used_at")
+    return {
+        **{name: getattr(one, name) for name in ("id", "tenant", "name", "scopes", "rate_limit")},
+        **{name: rfc3339(at) if (at := getattr(one, name)) is not None else None for name in times},
+    }
+
+
+class AuditQuery(PageQuery, TenantQuery):
+    actor: str | None = None
+    action: str | None = None
+    object: str | None = None
+    since: Instant | None = None
+    until: Instant | None = None
+
+
+class ChangedFields(Resource):
+    fields: Sequence[str] = Field(description="The names of what was changed, never the values.")
+
+
+class AuditResource(Resource):
+    id: str
+    tenant: str
+    at: Time
+    actor: str = Field(description="A key's id, admin_key (that of the configuration), cli or relay.")
+    action: str = Field(examples=["endpoint.secret_revealed"])
+    object: str
+    address: str | None
+    details: ChangedFields
+
+    @classmethod
+    def of(cls, one: Noted) -> Self:
+        entry = one.entry
+        return cls(
+            id=one.id,
+            tenant=entry.tenant,
+            at=rfc3339(entry.at),
+            actor=entry.actor,
+            action=entry.action,
+            object=entry.object,
+            address=entry.address,
+            details=ChangedFields(fields=entry.fields),
+        )
 
 
 class HealthResource(Resource):

@@ -1,4 +1,5 @@
 -- Times are unix milliseconds, ids are time-ordered text, JSON is text, a flag is a nullable time.
+-- Provider credentials, signing secrets and custom headers are sealed: `relay/store/sealed.py` lists them.
 -- Rows carry their tenant; it comes last in unique constraints, so that no list is read by it alone.
 
 -- Where the rows of this database came from: a copy that has not ended has not brought all of them.
@@ -19,11 +20,32 @@ CREATE TABLE tenants (
 CREATE TABLE keys (
     id TEXT PRIMARY KEY,
     tenant TEXT NOT NULL,
-    name TEXT NOT NULL,
+    name TEXT,
+    scopes TEXT NOT NULL,
     hash TEXT NOT NULL,
+    rate_limit DOUBLE PRECISION,
     created_at BIGINT NOT NULL,
-    CONSTRAINT keys_are_known_by_their_hash UNIQUE (hash)
+    expires_at BIGINT,
+    revoked_at BIGINT,
+    last_used_at BIGINT
 );
+CREATE INDEX keys_of_a_tenant ON keys (tenant, id);
+
+-- Append-only: nothing changes a row, and only retention removes it.
+CREATE TABLE audit (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    at BIGINT NOT NULL,
+    actor TEXT NOT NULL,
+    action TEXT NOT NULL,
+    object TEXT NOT NULL,
+    address TEXT,
+    details TEXT NOT NULL
+);
+CREATE INDEX audit_of_a_tenant ON audit (tenant, id);
+CREATE INDEX audit_of_an_object ON audit (tenant, object, id);
+CREATE INDEX audit_of_an_actor ON audit (tenant, actor, id);
+CREATE INDEX audit_of_an_action ON audit (tenant, action, id);
 
 CREATE TABLE endpoints (
     id TEXT PRIMARY KEY,
@@ -34,9 +56,7 @@ CREATE TABLE endpoints (
     accounts TEXT NOT NULL,
     headers TEXT NOT NULL,
     metadata TEXT NOT NULL,
-    secret TEXT NOT NULL,
-    previous_secret TEXT,
-    previous_secret_expires_at BIGINT,
+    secrets TEXT NOT NULL,
     rate_limit DOUBLE PRECISION,
     failing_since BIGINT,
     failing_event TEXT,
@@ -45,9 +65,7 @@ CREATE TABLE endpoints (
     deleted_at BIGINT,
     created_at BIGINT NOT NULL,
     updated_at BIGINT NOT NULL,
-    CONSTRAINT disabled_endpoints_have_a_reason CHECK ((disabled_at IS NULL) = (disabled_reason IS NULL)),
-    CONSTRAINT previous_secrets_expire
-        CHECK ((previous_secret IS NULL) = (previous_secret_expires_at IS NULL))
+    CONSTRAINT disabled_endpoints_have_a_reason CHECK ((disabled_at IS NULL) = (disabled_reason IS NULL))
 );
 CREATE INDEX endpoints_in_use ON endpoints (tenant, id) WHERE deleted_at IS NULL;
 
@@ -122,6 +140,19 @@ CREATE TABLE accounts (
     wanted BIGINT NOT NULL,
     heard TEXT,
     holder TEXT,
+    updated_at BIGINT NOT NULL
+);
+
+-- What tenants have added; accounts of the configuration are not here.
+CREATE TABLE credentials (
+    name TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    provider TEXT NOT NULL,
+    base_url TEXT,
+    settings TEXT NOT NULL,
+    api_key TEXT NOT NULL,
+    webhook_secrets TEXT NOT NULL,
+    created_at BIGINT NOT NULL,
     updated_at BIGINT NOT NULL
 );
 

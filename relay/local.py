@@ -1,0 +1,203 @@
+"""Commands that work on the database of the configuration, also beside the relays that run on it."""
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich import progress as bar
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from relay import signature
+from relay.app import PATIENCE, wall_clock
+from relay.config import load_config
+from relay.key import NAME_OF_TENANT, Key, Scope, hash_of, id_of, new_key
+from relay.keyring import KeyRing
+from relay.rekey import rekey as rekey_database
+from relay.store import Store, open_database, store_on
+from relay.store.audit import Entry
+from relay.store.migrate import migrate
+from relay.store.tables import check_whole
+from relay.store.tenants import DEFAULT
+from relay.times import parse_duration, parse_rfc3339, rfc3339
+from relay.web.resources import KeyResource, KeyWithText
+
+T = TypeVar("T")
+keys = typer.Typer(no_args_is_help=True)
+out, err = Console(), Console(stderr=True)
+
+Config = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Default: $RELAY_CONFIG, else config.yaml.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_PLAIN: Mapping[str, Any] = MappingProxyType({"highlight": False, "soft_wrap": True})
+_USUAL = (Scope.READ, Scope.WRITE, Scope.REPLAY)
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str | None, typer.Option(help="What it is for.")] = None,
+    tenant: Annotated[str, typer.Option(help="Whose it is; a new one is made.")] = DEFAULT,
+    scopes: Annotated[
+        list[str] | None,
+        typer.Option("--scope", help="read, write, replay, admin; default: read,write,replay."),
+    ] = None,
+    expires: Annotated[str | None, typer.Option(help="30d, or 2027-01-01T00:00:00Z.")] = None,
+    rate_limit: Annotated[float | None, typer.Option(help="Requests a second, at most.")] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an API key; it alone is printed to standard output, and shown only now."""
+    now = wall_clock()
+    if not re.fullmatch(NAME_OF_TENANT, tenant):
+        raise typer.BadParameter("write lower-case letters, digits, - and _", param_hint="--tenant")
+    if rate_limit is not None and not 0 < rate_limit <= 10_000:
+        raise typer.BadParameter("must be more than 0, and 10000 at most", param_hint="--rate-limit")
+    key_id, text = new_key(now)
+    key = Key(
+        id=key_id,
+        tenant=tenant,
+        name=name,
+        scopes=_scopes(scopes),
+        hash=hash_of(text),
+        created_at=now,
+        expires_at=_expiry(expires, now),
+        rate_limit=rate_limit,
+    )
+
+    async def create(store: Store) -> None:
+        await store.tenants.found(tenant, signature.new_secret(), now=now)
+        await store.keys.create(key, entry=Entry(tenant, now, "cli", "key.created", key_id))
+
+    _with_store(config, create)
+    if as_json:
+        out.print_json(KeyWithText.of(key, text).model_dump_json())
+        return
+    until = f"until {rfc3339(key.expires_at)}" if key.expires_at is not None else "until it is revoked"
+    err.print(
+        f"{key_id} of tenant {tenant}: {', '.join(key.scopes)}, {until}. It is shown only now:", **_PLAIN
+    )
+    typer.echo(text)
+
+
+@keys.command("list")
+def list_keys(
+    tenant: Annotated[str | None, typer.Option(help="Only this one's; default: everybody's.")] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """List API keys, the newest first; never the keys themselves."""
+
+    async def read(store: Store) -> Sequence[Key]:
+        return await store.keys.all(tenant)
+
+    found = [KeyResource.of(key).model_dump(mode="json") for key in _with_store(config, read)]
+    if as_json:
+        out.print_json(json.dumps({"data": found, "next_cursor": None}))
+        return
+    names = ("id", "tenant", "name", "scopes", "created_at", "expires_at", "revoked_at", "last_used_at")
+    # Ids must come out whole where a program or a pipe reads them.
+    table = Table(*(Column(name, no_wrap=name == "id", overflow="fold") for name in names))
+    for one in found:
+        table.add_row(*(_cell(one[name]) for name in names))
+    Console(width=None if out.is_terminal else 240).print(table)
+
+
+@keys.command("revoke")
+def revoke_key(
+    id_: Annotated[str, typer.Argument(metavar="ID", help="key_…, or the whole key.")],
+    config: Config = None,
+) -> None:
+    """Revoke an API key: the next request with it is refused."""
+    now, key_id = wall_clock(), id_of(id_) or id_
+
+    async def revoke(store: Store) -> bool:
+        key = await store.keys.find(key_id)
+        if key is None:
+            return False
+        entry = Entry(key.tenant, now, "cli", "key.revoked", key_id)
+        return await store.keys.revoke(key.tenant, key_id, now=now, entry=entry)
+
+    if not _with_store(config, revoke):
+        err.print(f"[red]there is no key {escape(key_id)}: `relay keys list` shows them[/]", **_PLAIN)
+        raise typer.Exit(1)
+    err.print(f"{escape(key_id)} is revoked", **_PLAIN)
+
+
+def rekey(config: Config = None) -> None:
+    """Seal the secrets in the database with the newest secret_key; relays may run meanwhile."""
+    bars = bar.Progress(
+        bar.TextColumn("{task.description}"), bar.TextColumn("{task.completed:,} rows"), console=err
+    )
+    tasks: dict[str, bar.TaskID] = {}
+
+    def show(table: str, rows: int) -> None:
+        if table not in tasks:
+            tasks[table] = bars.add_task(table, total=None)
+        bars.update(tasks[table], completed=rows)
+
+    with bars:
+        done = _with_store(config, lambda store: rekey_database(store.sealed, show=show))
+    complaints = [f"{where} cannot be opened: it was changed in the database" for where in done.broken]
+    if done.left:
+        complaints.append(
+            f"{done.left} secrets were sealed with an older key meanwhile: restart every relay with the new"
+            " secret_key, then run this again"
+        )
+    for line in complaints:
+        err.print(f"[red]relay:[/] {escape(line)}", **_PLAIN)
+    if complaints:
+        raise typer.Exit(1)
+    out.print("Every secret is sealed with the newest secret_key.")
+
+
+def _with_store(config: Path | None, work: Callable[[Store], Awaitable[T]]) -> T:
+    """What `work` makes of the store of the configuration, brought up to date. Raises ConfigError."""
+
+    async def run() -> T:
+        settings = load_config(config)
+        database = await open_database(settings.database, alone=False, patience=PATIENCE)
+        try:
+            await migrate(database, now=wall_clock())
+            await check_whole(database)
+            store = store_on(database, KeyRing(settings.secret_keys))
+            await store.sealed.check()
+            return await work(store)
+        finally:
+            await database.close()
+
+    return asyncio.run(run())
+
+
+def _scopes(given: Sequence[str] | None) -> Sequence[Scope]:
+    named = {name.strip() for one in given or () for name in one.split(",")}
+    unknown = named - set(Scope)
+    if unknown:
+        message = f"there is no {', '.join(sorted(unknown)) or 'such one'}: write read, write, replay, admin"
+        raise typer.BadParameter(message, param_hint="--scope")
+    return [scope for scope in Scope if scope in named] or _USUAL
+
+
+def _expiry(given: str | None, now: int) -> int | None:
+    if given is None:
+        return None
+    at = parse_rfc3339(given)
+    if at is None:
+        try:
+            at = now + parse_duration(given)
+        except ValueError as error:
+            message = "write a duration (30d) or a time (2027-01-01T00:00:00Z)"
+            raise typer.BadParameter(message, param_hint="--expires") from error
+    if at <= now:
+        raise typer.BadParameter("must be in the future", param_hint="--expires")
+    return at
+
+
+def _cell(value: Any) -> str:
+    return escape(", ".join(value) if isinstance(value, list) else str(value)) if value is not None else "–"
