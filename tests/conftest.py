@@ -1,6 +1,7 @@
 """Fixtures: a relay, the provider simulator and a subscriber, each on a socket of its own."""
 
 import asyncio
+import gc
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -196,6 +197,16 @@ def server(own_cluster: Cluster) -> Iterator[Cluster]:
     if not own_cluster.is_running:
         own_cluster.start()
     own_cluster.set()
+
+
+@pytest.fixture
+def tidy() -> Iterator[None]:
+    """For tests of how long something takes: what else this process holds is not looked through for garbage
+    again and again, as it is not in a relay."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from relay.times import rfc3339
 from tests.conftest import ADMIN_KEY, Clock, RunningRelay, World
 from tests.fleet import Fleet
 from tests.serving import serving
-from tests.test_api_rules import example, fields, operations
+from tests.test_api_rules import at, example, fields, operations
 
 USUAL = {"scopes": ["read", "write"]}
 ALONE = [scope.value for scope in Scope]
@@ -205,7 +205,7 @@ async def test_a_scope_allows_what_the_document_says_and_nothing_else(world: Wor
     member = await world.member(relay, scope)
     allowed: list[str] = []
     for method, path, operation in await operations(relay):
-        answer = await member.request(method, path.format(id="x"), json=example(operation))
+        answer = await member.request(method, at(path, "x"), json=example(operation))
         assert operation["x-scope"] in ALONE
         may = scope in (operation["x-scope"], "admin")
         assert (answer.status_code == 403) is not may, f"{method} {path}: {answer.text}"
@@ -222,7 +222,7 @@ SCOPES = {
     "read": [
         *("GET /v1/endpoints", "GET /v1/endpoints/{id}", "GET /v1/generations", "GET /v1/generations/{id}"),
         *("GET /v1/generations/{id}/wait", "GET /v1/events", "GET /v1/events/{id}", "GET /v1/deliveries"),
-        *("GET /v1/deliveries/{id}", "GET /v1/accounts"),
+        *("GET /v1/deliveries/{id}", "GET /v1/accounts", "GET /v1/accounts/{name}"),
     ],
     "write": [
         *("POST /v1/endpoints", "PATCH /v1/endpoints/{id}", "DELETE /v1/endpoints/{id}"),
@@ -234,6 +234,7 @@ SCOPES = {
     "admin": [
         *("GET /v1/endpoints/{id}/secret", "POST /v1/endpoints/{id}/secret/rotate", "GET /v1/signing-secret"),
         *("POST /v1/keys", "GET /v1/keys", "GET /v1/keys/{id}", "DELETE /v1/keys/{id}", "GET /v1/audit"),
+        *("POST /v1/accounts", "PATCH /v1/accounts/{name}", "DELETE /v1/accounts/{name}"),
     ],
 }
 

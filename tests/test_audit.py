@@ -9,12 +9,13 @@ import pytest
 
 from relay.store import open_database
 from tests.conftest import RunningRelay, World
-from tests.test_api_rules import operations
+from tests.test_api_rules import at, operations
 from tests.test_cli import relay as program
 from tests.test_cli import write
 
 ROOT = Path(__file__).parent.parent
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+KEY = "key-of-an-account-0123456789"
 
 
 async def audited(api: httpx.AsyncClient, **query: Any) -> list[dict[str, Any]]:
@@ -33,10 +34,10 @@ async def deeds(
         method, path = operation.split()
         # Ids are ordered by the millisecond.
         world.clock.forward(seconds=0.002)
-        answer = await api.request(method, path.replace("{id}", id_), json=body or None)
+        answer = await api.request(method, at(path, id_), json=body or None)
         assert answer.is_success, f"{operation}: {answer.text}"
         made = answer.json() if answer.content else {}
-        done.append((operation, action, id_ or made["id"], list(fields)))
+        done.append((operation, action, id_ or made.get("id") or made["name"], list(fields)))
         return made
 
     one, url = "/v1/endpoints/{id}", world.subscriber.origin + "/"
@@ -54,6 +55,10 @@ async def deeds(
     await do("POST /v1/deliveries/{id}/replay", test["id"], "delivery.replayed")
     await do(f"DELETE {one}", endpoint, "endpoint.deleted")
     await do("GET /v1/signing-secret", "default", "tenant.secret_revealed")
+    account = {"name": "studio", "provider": "luma", "api_key": KEY}
+    await do("POST /v1/accounts", "", "account.created", **account)
+    await do("PATCH /v1/accounts/{name}", "studio", "account.changed", "api_key", api_key=KEY[::-1])
+    await do("DELETE /v1/accounts/{name}", "studio", "account.deleted")
     key = await do("POST /v1/keys", "", "key.created", scopes=["read"], name="of theirs")
     await do("DELETE /v1/keys/{id}", key["id"], "key.revoked")
     return done
@@ -86,7 +91,7 @@ async def test_all_that_admins_do_and_what_concerns_endpoints_is_on_record(
     assert {operation for operation, *_ in done} == needed - LOOKS
     # Names of fields, never what is in them.
     text = (await admin.get("/v1/audit", params={"limit": 200})).text
-    for value in (SECRET, "of theirs", "elsewhere", "x-a", made["key"][-43:]):
+    for value in (SECRET, KEY, KEY[::-1], "of theirs", "elsewhere", "x-a", made["key"][-43:]):
         assert value not in text
 
 
@@ -149,6 +154,7 @@ async def test_nothing_is_done_and_no_secret_shown_that_cannot_be_put_on_record(
     relay = await world.relay(database=database_url)
     endpoint = await world.endpoint(relay, secret=SECRET)
     made = await world.key(relay, "read")
+    await relay.api.post("/v1/accounts", json={"name": "studio", "provider": "luma", "api_key": KEY})
     off = await world.endpoint(relay)
     await relay.api.post(f"/v1/endpoints/{off['id']}/disable")
     test = (await relay.api.post(f"/v1/endpoints/{endpoint['id']}/test")).json()
@@ -167,8 +173,11 @@ async def test_nothing_is_done_and_no_secret_shown_that_cannot_be_put_on_record(
         ("POST", f"/v1/deliveries/{test['id']}/replay", None),
         ("POST", "/v1/keys", {"scopes": ["admin"]}),
         ("DELETE", f"/v1/keys/{made['id']}", None),
+        ("POST", "/v1/accounts", {"name": "new", "provider": "luma", "api_key": KEY}),
+        ("PATCH", "/v1/accounts/studio", {"requests_per_minute": 5}),
+        ("DELETE", "/v1/accounts/studio", None),
     ]
-    lists = ("/v1/endpoints", "/v1/deliveries", "/v1/events", "/v1/keys")
+    lists = [f"/v1/{noun}" for noun in ("endpoints", "deliveries", "events", "keys", "accounts")]
     before = [(await relay.api.get(one)).json() for one in lists]
     await run(database_url, "ALTER TABLE audit RENAME TO lost")
     for method, url, body in operations:

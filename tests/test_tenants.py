@@ -14,7 +14,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from relay.key import Scope
 from tests.conftest import RunningRelay, World
 from tests.serving import Received
-from tests.test_api_rules import example, operations
+from tests.test_api_rules import at, example, operations
 
 SCOPES = [scope.value for scope in Scope]
 
@@ -43,9 +43,18 @@ async def settle(world: World, relay: RunningRelay, name: str) -> Tenant:
         assert answer.is_success, answer.text
         return answer.json()
 
+    account = await create(
+        "/v1/accounts",
+        name=f"studio-of-{name}",
+        provider="luma",
+        api_key=world.simulator.keys["luma"],
+        base_url=world.simulator.base_urls(world.simulator_origin)["luma"],
+        poll_interval_seconds=3600,
+    )
     endpoint = await create("/v1/endpoints", url=f"{world.subscriber.origin}/{name}", description=f"{name}'s")
     job = world.simulator.submit("luma", duration=600)
-    generation = await create("/v1/generations", account="luma", job_id=job, metadata={"of": name})
+    watched = {"account": account["name"], "job_id": job, "metadata": {"of": name}}
+    generation = await create("/v1/generations", **watched)
     called = await create("/v1/generations", account="pictory")
     event = await create("/v1/events", type="order.shipped", data={"of": name}, id=f"order-of-{name}")
     test = await create(f"/v1/endpoints/{endpoint['id']}/test")
@@ -64,6 +73,7 @@ async def settle(world: World, relay: RunningRelay, name: str) -> Tenant:
             "deliveries": test["id"],
             "keys": key["id"],
             "audit": audited[0]["id"],
+            "accounts": account["name"],
         },
         [
             *(endpoint["secret"], signing_secret, key["key"], job, called["id"], called["webhook_url"]),
@@ -75,13 +85,19 @@ async def settle(world: World, relay: RunningRelay, name: str) -> Tenant:
     )
 
 
+def shared(world: World, **changes: Any) -> dict[str, Any]:
+    """The accounts of the configuration, for every tenant."""
+    accounts = world.document()["accounts"]
+    return {name: {**one, "tenants": "all", **changes} for name, one in accounts.items()}
+
+
 async def everything(relay: RunningRelay, tenant: Tenant) -> dict[str, Any]:
     """All that a tenant sees: every list, every object, every secret; but not what looking itself leaves."""
     found = {}
     for method, path, _ in await operations(relay):
         if method != "GET" or path in ("/v1/audit", "/v1/generations/{id}/wait"):
             continue
-        url = path.format(id=tenant.ids.get(path.split("/")[2]))
+        url = at(path, tenant.ids.get(path.split("/")[2], ""))
         answer = await tenant.admin.get(url)
         assert answer.status_code == 200, f"{url}: {answer.text}"
         found[url] = answer.json()
@@ -93,7 +109,7 @@ async def test_no_key_of_a_neighbour_finds_or_changes_anything_by_its_id(
     database_url: str, world: World
 ) -> None:
     # Nothing changes by itself.
-    accounts = {name: one | {"poll_interval": "1h"} for name, one in world.document()["accounts"].items()}
+    accounts = shared(world, poll_interval="1h")
     relay = await world.relay(database=database_url, accounts=accounts)
     ours, theirs = await settle(world, relay, "ours"), await settle(world, relay, "theirs")
     neighbours = {
@@ -106,29 +122,29 @@ async def test_no_key_of_a_neighbour_finds_or_changes_anything_by_its_id(
     before = await everything(relay, ours), await everything(relay, theirs)
     tried = 0
     for method, path, operation in await operations(relay):
-        if "{id}" not in path:
+        if "{" not in path:
             continue
         id_ = ours.ids[path.split("/")[2]]
         for scope, neighbour in neighbours.items():
-            answer = await neighbour.request(method, path.format(id=id_), json=example(operation))
+            answer = await neighbour.request(method, at(path, id_), json=example(operation))
             may = scope not in SCOPES or scope in (operation["x-scope"], "admin")
             assert answer.status_code == (404 if may else 403), f"{scope}: {method} {path}: {answer.text}"
             assert ours.own_in(answer.text.replace(id_, "")) == []
             tried += 1
-    assert tried >= 7 * 18
+    assert tried >= 7 * 21
     assert (await everything(relay, ours), await everything(relay, theirs)) == before
 
 
 async def test_no_list_shows_anything_of_a_neighbour_whatever_is_asked_for(
     database_url: str, world: World
 ) -> None:
-    relay = await world.relay(database=database_url)
+    relay = await world.relay(database=database_url, accounts=shared(world))
     ours, theirs = await settle(world, relay, "ours"), await settle(world, relay, "theirs")
     strangers = [theirs.admin, await world.member(relay, *SCOPES), relay.api]
     values = ["ours", *ours.ids.values(), *ours.known]
     shown = 0
     for method, path, operation in await operations(relay):
-        if method != "GET" or "{id}" in path:
+        if method != "GET" or "{" in path:
             continue
         names = [one["name"] for one in operation["parameters"] if one["in"] == "query"]
         for stranger in strangers:
@@ -147,17 +163,17 @@ async def test_no_list_shows_anything_of_a_neighbour_whatever_is_asked_for(
 
 
 async def test_a_neighbours_cursor_leads_nowhere_but_through_ones_own(world: World) -> None:
-    relay = await world.relay()
+    relay = await world.relay(accounts=shared(world))
     theirs = await settle(world, relay, "theirs")
     ours = await settle(world, relay, "ours")
     for noun, id_ in ours.ids.items():
         page = (await theirs.admin.get(f"/v1/{noun}", params={"cursor": id_})).json()
-        assert theirs.ids[noun] in [one["id"] for one in page["data"]]
+        assert theirs.ids[noun] in [one.get("id", one.get("name")) for one in page["data"]]
         assert ours.own_in(json.dumps(page)) == []
 
 
 async def test_names_of_one_tenant_are_free_for_the_other(database_url: str, world: World) -> None:
-    relay = await world.relay(database=database_url)
+    relay = await world.relay(database=database_url, accounts=shared(world))
     one = await world.member(relay, *SCOPES, tenant="one")
     other = await world.member(relay, *SCOPES, tenant="other")
     job = world.simulator.submit("luma", duration=600)
@@ -167,6 +183,8 @@ async def test_names_of_one_tenant_are_free_for_the_other(database_url: str, wor
         ("/v1/events", {"type": "order.shipped", "data": {"a": 1}, "id": "order-42"}),
         ("/v1/keys", {"scopes": ["read"]}),
     ]
+    studio = {"name": "studio", "provider": "luma", "api_key": "of-one-of-them"}
+    assert [(await who.post("/v1/accounts", json=studio)).status_code for who in (one, other)] == [201] * 2
     for path, body in bodies:
         key = {"idempotency-key": "the same"} if path == "/v1/endpoints" else {"idempotency-key": path}
         answers = [await who.post(path, json=body, headers=key) for who in (one, other, one)]
@@ -182,7 +200,7 @@ async def test_names_of_one_tenant_are_free_for_the_other(database_url: str, wor
 async def test_what_is_announced_reaches_its_own_tenants_endpoints_signed_with_their_secrets(
     database_url: str, world: World
 ) -> None:
-    relay = await world.relay(database=database_url)
+    relay = await world.relay(database=database_url, accounts=shared(world))
     ours, theirs = await settle(world, relay, "ours"), await settle(world, relay, "theirs")
     job = world.simulator.submit("luma", duration=0.2)
     for tenant in (ours, theirs):
@@ -223,7 +241,7 @@ def ids_of(received: Sequence[Received], path: str) -> set[str]:
 async def test_the_operators_admins_may_name_another_tenant_and_nobody_else_may(
     database_url: str, world: World
 ) -> None:
-    relay = await world.relay(database=database_url)
+    relay = await world.relay(database=database_url, accounts=shared(world))
     ours, theirs = await settle(world, relay, "ours"), await settle(world, relay, "theirs")
     operator = await world.member(relay, "admin")
     key = f"/v1/keys/{ours.ids['keys']}"
