@@ -143,7 +143,7 @@ async def test_without_a_database_everything_that_needs_one_is_answered_503(
     hook = httpx.URL(waiting["webhook_url"]).path
     async with down(server):
         for operation in OPERATIONS:
-            path = operation.path.format(id="gen_1")
+            path = operation.path.format(id="gen_1", name="nobody")
             answer = await relay.api.request(
                 operation.method, path, json=dict(operation.example) if operation.body else None
             )

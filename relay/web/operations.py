@@ -263,7 +263,7 @@ OPERATIONS = (
         {201: "Added", 409: "There is an account of this name, or too many"},
         body=r.AccountCreate,
         creates=True,
-        example={"name": "luma", "provider": "luma", "api_key": "luma-0123456789abcdef"},
+        example={"name": "luma-eu", "provider": "luma", "api_key": "luma-0123456789abcdef"},
     ),
     Operation(
         "GET",
