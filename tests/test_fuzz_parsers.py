@@ -347,7 +347,6 @@ def test_no_answer_is_read_and_announced_for_longer_than_a_second_for_each_mebib
 def seconds_for(account: Account, body: bytes) -> float:
     """How long the processor has to do with an answer, from its bytes to those of the event."""
     begun = time.process_time()
-    account.provider.claimed_job(json_of(body))
     update = ASKER.read(account, Reply(200, body, {}))
     event.ending(ended_by(WATCHED, update), now=NOW)
     return time.process_time() - begun
