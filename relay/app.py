@@ -26,6 +26,7 @@ from relay.ids import new_id
 from relay.ingest import Ingest
 from relay.poll import Poller
 from relay.prune import prune
+from relay.redact import Redactor
 from relay.renew import Renewer
 from relay.sender import Sender
 from relay.server import Server, bind, origin, use_all_files
@@ -66,25 +67,29 @@ def build(
     *,
     now: Callable[[], int] = wall_clock,
     show_key: Callable[[str], None] | None = None,
+    redactor: Redactor | None = None,
 ) -> Starlette:
     """The relay as an ASGI application; its lifespan is the relay's life.
 
-    `show_key` is told the admin key when one had to be made; nobody can learn it afterwards.
+    `show_key` is told the admin key when one had to be made; nobody can learn it afterwards. `redactor` is
+    the one that logs go through, if they do: it learns of credentials that come later.
     """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
-        async with running(settings, now=now, show_key=show_key) as relay:
+        async with running(settings, now=now, show_key=show_key, redactor=redactor) as relay:
             yield {"relay": relay}
 
     return _web(settings, lifespan)
 
 
-async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
+async def serve(
+    settings: Settings, *, show_key: Callable[[str], None], redactor: Redactor | None = None
+) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is in flight. Raises ConfigError."""
     use_all_files()
     bound = bind(settings.host, settings.port)
-    async with running(settings, now=wall_clock, show_key=show_key) as relay:
+    async with running(settings, now=wall_clock, show_key=show_key, redactor=redactor) as relay:
 
         @asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[State]:
@@ -126,7 +131,11 @@ def _web(
 
 @asynccontextmanager
 async def running(
-    settings: Settings, *, now: Callable[[], int], show_key: Callable[[str], None] | None = None
+    settings: Settings,
+    *,
+    now: Callable[[], int],
+    show_key: Callable[[str], None] | None = None,
+    redactor: Redactor | None = None,
 ) -> AsyncIterator[Relay]:
     """A relay at work. Leaving finishes what is in flight, gives back the rest and closes everything."""
     async with AsyncExitStack() as stack:
@@ -141,7 +150,9 @@ async def running(
         stack.push_async_callback(asker.close)
         sender = Sender.open(guard, timeout=settings.delivery.timeout, proxy=settings.network.proxy, now=now)
         stack.push_async_callback(sender.close)
-        relay = _assemble(settings, store, asker, sender, now=now)
+        relay = _assemble(
+            settings, store, asker, sender, redactor=redactor or Redactor(*settings.secrets), now=now
+        )
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
         await relay.holder.start()
@@ -174,7 +185,13 @@ async def _prepare(
 
 
 def _assemble(
-    settings: Settings, store: Store, asker: Asker, sender: Sender, *, now: Callable[[], int]
+    settings: Settings,
+    store: Store,
+    asker: Asker,
+    sender: Sender,
+    *,
+    redactor: Redactor,
+    now: Callable[[], int],
 ) -> Relay:
     configured, held, name = accounts(settings), Held(), new_id("rly", now())
     bell = Bell(store.database, relay=name)
@@ -253,6 +270,7 @@ def _assemble(
         shards=held,
         holder=holder,
         bell=bell,
+        redactor=redactor,
         watch=Batch(store.generations.create),
         hint=Batch(hint),
         now=now,

@@ -14,6 +14,7 @@ from relay.hold import Holder
 from relay.ingest import Ingest
 from relay.poll import Poller
 from relay.providers import Account
+from relay.redact import Redactor
 from relay.shard import Held
 from relay.store import Store
 from relay.store.generations import Hint, Watch, Watched
@@ -21,7 +22,8 @@ from relay.store.generations import Hint, Watch, Watched
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """A running relay. `watch` and `hint` return when the group they were written in is durable."""
+    """A running relay. `watch` and `hint` return when the group they were written in is durable; logs and
+    refusals go through `redactor`: credentials that come later are added to it."""
 
     settings: Settings
     store: Store
@@ -34,6 +36,7 @@ class Relay:
     shards: Held
     holder: Holder
     bell: Bell
+    redactor: Redactor
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]
     now: Callable[[], int]
