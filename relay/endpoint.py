@@ -30,6 +30,7 @@ _FORBIDDEN_HEADERS = {
     *("user-agent", "via", "x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds"),
 }
 _FORBIDDEN_PREFIXES = ("webhook-", "x-amz-", "x-goog-", "x-azure-", "x-forwarded-", "sec-")
+_SENSITIVE = ("auth", "token", "key", "secret", "password", "credential", "signature", "cookie")
 
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
 
@@ -134,7 +135,8 @@ def canonical_url(text: str, *, allow_http: bool, allow: Networks) -> str:
         url = httpx.URL(text)
         host, port = url.raw_host.decode("ascii"), url.port
     except (httpx.InvalidURL, UnicodeError, ValueError) as error:
-        raise ValueError(f"is not a URL: {error}") from error
+        # What comes behind a colon is a piece of the URL, and that may be a password.
+        raise ValueError(f"is not a URL: {str(error).partition(':')[0]}") from error
     if url.scheme not in ("http", "https"):
         raise ValueError("must begin with https://")
     if not host:
@@ -173,6 +175,12 @@ def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 def _inside(address: ipaddress.IPv4Address | ipaddress.IPv6Address | None, networks: Networks) -> bool:
     return address is not None and any(address in network for network in networks)
+
+
+def is_sensitive(header: str) -> bool:
+    """Whether the name of a custom header says that its value is nobody's business."""
+    name = header.lower()
+    return any(word in name for word in _SENSITIVE)
 
 
 def header_problem(name: str, value: str) -> str | None:

@@ -268,8 +268,8 @@ def cause(error: BaseException) -> BaseException:
     return error
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong, in a few words for people."""
+def reason(error: BaseException, clean: Callable[[str], str] = str) -> str:
+    """What went wrong, in a few words for people, which went through `clean` before they were cut short."""
     found = cause(error)
     if isinstance(found, ssl.SSLCertVerificationError):
         return found.verify_message
@@ -277,4 +277,4 @@ def reason(error: BaseException) -> str:
         return found.reason or str(found)
     if isinstance(found, OSError) and found.errno is not None and found.errno > 0:
         return os.strerror(found.errno)
-    return storable(str(found)[:300] or str(error)[:300] or type(error).__name__)
+    return storable(clean(str(found) or str(error) or type(error).__name__)[:300])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
+from urllib.parse import quote
 
 import httpx
 import typer
@@ -18,6 +19,7 @@ out, err = Console(width=None if sys.stdout.isatty() else 240), Console(stderr=T
 generations = typer.Typer(no_args_is_help=True)
 endpoints = typer.Typer(no_args_is_help=True)
 deliveries = typer.Typer(no_args_is_help=True)
+accounts = typer.Typer(no_args_is_help=True)
 
 Url = Annotated[str, typer.Option("--url", envvar="RELAY_URL", help="The relay to talk to.")]
 Key = Annotated[
@@ -28,8 +30,8 @@ Limit = Annotated[int, typer.Option(help="How many at most.", min=1, max=200)]
 Filter = Annotated[str | None, typer.Option()]
 HERE = "http://127.0.0.1:8080"
 COLORS = {
-    **dict.fromkeys(("completed", "delivered", "enabled"), "green"),
-    **dict.fromkeys(("failed", "timed_out", "disabled"), "red"),
+    **dict.fromkeys(("completed", "delivered", "enabled", "ok"), "green"),
+    **dict.fromkeys(("failed", "timed_out", "disabled", "failing", "unauthorized"), "red"),
     **dict.fromkeys(("queued", "pending", "sending", "processing"), "yellow"),
 }
 
@@ -266,6 +268,59 @@ def replay_delivery(
     _show(delivery, as_json)
     if wait and delivery["status"] != "delivered":
         raise typer.Exit(1)
+
+
+@accounts.command("add")
+def add_account(
+    name: str,
+    provider: Annotated[str, typer.Option(help="pixellabs, vivix, pictory or luma.")],
+    credential: Annotated[
+        str,
+        typer.Option(
+            envvar="RELAY_CREDENTIAL",
+            prompt="The provider's API key",
+            hide_input=True,
+            help="The provider's API key. As an option it can be read by others on this machine.",
+        ),
+    ],
+    webhook_secret: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELAY_CREDENTIAL_WEBHOOK_SECRET", help="Of a provider that signs its callbacks."
+        ),
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="With the API's version prefix.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option()] = None,
+    requests_per_day: Annotated[int | None, typer.Option()] = None,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """Add an account of your own; its credential is never shown again."""
+    body = {
+        "name": name,
+        "provider": provider,
+        "api_key": credential,
+        "webhook_secret": webhook_secret,
+        "base_url": base_url,
+        "requests_per_minute": requests_per_minute,
+        "requests_per_day": requests_per_day,
+    }
+    _show(Remote(url, api_key).call("POST", "/v1/accounts", body=body), as_json)
+
+
+@accounts.command("list")
+def list_accounts(limit: Limit = 50, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """List the accounts that you have, and how they are."""
+    page = Remote(url, api_key).call("GET", "/v1/accounts", query={"limit": limit})
+    _table(page, ("name", "provider", "status", "configured", "base_url", "last_error"), as_json)
+
+
+@accounts.command("delete")
+def delete_account(name: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Delete an account that was added; none of its generations may be open."""
+    path = f"/v1/accounts/{quote(name, safe='')}"
+    _show(Remote(url, api_key).call("DELETE", path) or {"deleted": name}, as_json)
 
 
 def _ended(remote: Remote, delivery_id: str, *, after: int = 0) -> Any:

@@ -21,7 +21,7 @@ READ_EVERY = 60_000
 
 class Roster(Mapping[str, Account]):
     """All accounts, by the names that Relay itself uses. `check` raises ConfigError for a base URL that must
-    not be used."""
+    not be used; `learn_secrets` is told what no log may hold."""
 
     def __init__(
         self,
@@ -29,9 +29,11 @@ class Roster(Mapping[str, Account]):
         store: Store,
         *,
         check: Callable[[str], None],
+        learn_secrets: Callable[..., None],
         now: Callable[[], int],
     ) -> None:
         self._configured, self._store, self._check, self._now = configured, store, check, now
+        self._learn_secrets = learn_secrets
         self._added: dict[str, Account] = {}
         self._versions: dict[str, int] = {}
         self._heard: set[str] = set()  # names whose accounts may be others by now
@@ -116,6 +118,7 @@ class Roster(Mapping[str, Account]):
         if self._versions.get(name) == credential.updated_at:
             return
         self._versions[name] = credential.updated_at
+        self._learn_secrets(credential.api_key, *credential.webhook_secrets)
         try:
             self._added[name] = self._account(credential)
         except RelayError as error:

@@ -1,6 +1,7 @@
 """Fixtures: a relay, the provider simulator and a subscriber, each on a socket of its own."""
 
 import asyncio
+import gc
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,7 +14,7 @@ import httpx
 import pytest
 from hypothesis import settings as hypothesis_settings
 
-from relay.app import build
+from relay.app import NEW_OBJECTS, build
 from relay.config import Settings, read_config
 from relay.simulator import Simulator
 from relay.store import open_database
@@ -196,6 +197,19 @@ def server(own_cluster: Cluster) -> Iterator[Cluster]:
     if not own_cluster.is_running:
         own_cluster.start()
     own_cluster.set()
+
+
+@pytest.fixture
+def tidy() -> Iterator[None]:
+    """For tests of how long something takes: garbage is looked for as seldom as in `relay serve`, and not in
+    what else this process holds."""
+    usual = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(NEW_OBJECTS, *usual[1:])
+    yield
+    gc.set_threshold(*usual)
+    gc.unfreeze()
 
 
 @pytest.fixture

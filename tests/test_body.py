@@ -140,7 +140,7 @@ LONGEST = {
 
 
 @pytest.mark.parametrize("data", LONGEST.values(), ids=LONGEST)
-def test_no_mebibyte_takes_long(data):
+def test_no_mebibyte_takes_long(tidy, data):
     begun = time.process_time()
     with suppress(Malformed):
         compact(parse(data))

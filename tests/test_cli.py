@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from relay.signature import headers, new_secret
+from relay.simulator import Simulator
 from relay.times import parse_rfc3339
 from tests.conftest import ADMIN_KEY, World
 from tests.postgres import Cluster
@@ -92,6 +93,16 @@ def write(directory: Path, document: object) -> None:
                 "accounts.a.webhook_secret",
             )
             for secret in ("", [], 5)
+        ),
+        *(
+            (
+                {
+                    "secret_key": "s",
+                    "accounts": {"a": {"provider": "vivix", "api_key": "k", "tenants": tenants}},
+                },
+                "accounts.a.tenants",
+            )
+            for tenants in ("", "acme", [], ["Acme"], ["a.b"], None, [5])
         ),
     ],
 )
@@ -203,10 +214,10 @@ async def test_the_main_job_on_the_command_line(world: World) -> None:
     write(world.directory, world.document(port=port))
     remote = {"RELAY_URL": f"http://127.0.0.1:{port}", "RELAY_API_KEY": ADMIN_KEY}
 
-    async def ask(*arguments: str, code: int = 0) -> dict:
-        ended = await relay(*arguments, "--json", cwd=world.directory, **remote)
+    async def ask(*arguments: str, code: int = 0, **environment: str) -> dict:
+        ended = await relay(*arguments, "--json", cwd=world.directory, **remote, **environment)
         assert ended.code == code, ended.err
-        return json.loads(ended.out)
+        return json.loads(ended.out or "{}")
 
     world.subscriber.answer(410, path="/gone")
     async with served(world.directory):
@@ -233,6 +244,19 @@ async def test_the_main_job_on_the_command_line(world: World) -> None:
         replayed = await ask("deliveries", "replay", delivery["id"], "--wait")
         assert [one["trigger"] for one in replayed["attempts"]] == ["scheduled", "replay"]
         assert (await relay("endpoints", "list", cwd=world.directory, **remote)).out.count("ep_") == 2
+        name, url = "mine", Simulator.base_urls(world.simulator_origin)["luma"]
+        add = ("accounts", "add", name, "--provider", "luma", "--base-url", url)
+        added = await ask(*add, RELAY_CREDENTIAL=world.simulator.keys["luma"])
+        assert (added["name"], added["configured"]) == (name, False)
+        job = world.simulator.submit("luma", duration=0)
+        assert (await ask("track", name, job, "--wait"))["account"] == name
+        listed = await relay("accounts", "list", cwd=world.directory, **remote)
+        assert len([line for line in listed.out.splitlines() if "│ ok" in line]) == 5
+        again = await relay(*add, cwd=world.directory, RELAY_CREDENTIAL="another-0123456789", **remote)
+        assert (again.code, "of this name" in again.err) == (1, True)
+        assert "another-0123456789" not in again.out + again.err
+        assert await ask("accounts", "delete", name) == {"deleted": name}
+        await ask("accounts", "delete", name, code=1)
         second = await relay("serve", cwd=world.directory, RELAY_PORT="0")
         assert second.code == 2
         assert "PostgreSQL" in second.err

@@ -5,7 +5,6 @@ anything in them, any JSON, any bytes, and named bombs.
 """
 
 import copy
-import gc
 import hmac
 import json
 import time
@@ -38,6 +37,7 @@ from tests.test_providers import FOLDER, NOW, read
 from tests.test_store import NOTHING_HANDED_OVER, TENANT, a_generation, prepared
 
 EXAMPLES = 100_000 if THOROUGH else 300
+OVER_THE_WIRE = 25_000 if THOROUGH else 150  # to a relay or a database, several inputs each
 SECONDS_PER_MEBIBYTE = 1.0
 MEBIBYTE = 1024 * 1024
 SHARED = settings(
@@ -327,14 +327,14 @@ FLOODS: Mapping[str, Any] = {
 
 @pytest.mark.parametrize("flood", FLOODS)
 @pytest.mark.parametrize("name", PROVIDERS)
-def test_no_answer_is_read_and_announced_for_longer_than_a_second_for_each_mebibyte(name: str, flood: str):
+def test_no_answer_is_read_and_announced_for_longer_than_a_second_for_each_mebibyte(
+    tidy: None, name: str, flood: str
+):
     size = LARGEST_ANSWER if THOROUGH else LARGEST_ANSWER // 8
     account, one = account_of(name), FLOODS[flood]
     many = one * ((size - 1000) // (len(json.dumps(one)) + 2))
     ends = [reply.body for reply in REPLIES[name] if b'"completed"' in reply.body]
     answer = json_of(max(ends, key=len))
-    # As a relay does: what else this process holds is not looked through again and again.
-    gc.freeze()
     for holder, key in places(answer):
         if key not in ("status", "state"):
             kept, holder[key] = holder[key], many
@@ -343,13 +343,11 @@ def test_no_answer_is_read_and_announced_for_longer_than_a_second_for_each_mebib
             limit = SECONDS_PER_MEBIBYTE * len(body) / MEBIBYTE
             # A busy machine may be slow for a moment, but not thrice.
             assert any(seconds_for(account, body) < limit for _ in range(3)), key
-    gc.unfreeze()
 
 
 def seconds_for(account: Account, body: bytes) -> float:
     """How long the processor has to do with an answer, from its bytes to those of the event."""
     begun = time.process_time()
-    account.provider.claimed_job(json_of(body))
     update = ASKER.read(account, Reply(200, body, {}))
     event.ending(ended_by(WATCHED, update), now=NOW)
     return time.process_time() - begun
@@ -380,7 +378,7 @@ ANY = st.one_of([st.tuples(st.just(name), replies(name)) for name in PROVIDERS])
 
 
 @ENDLESS
-@settings(SHARED, max_examples=EXAMPLES // 10)
+@settings(SHARED, max_examples=OVER_THE_WIRE // 5)
 @given(st.lists(ANY, max_size=20))
 async def test_what_was_understood_is_stored_and_found_as_it_was(store: Store, said: list[tuple[str, Reply]]):
     updates = [check(name, replace(reply, status=200)) for name, reply in said]
@@ -400,8 +398,8 @@ async def test_an_odd_value_in_every_place_is_stored_and_found_as_it_was(store: 
 
 @st.composite
 def tokens(draw: st.DrawFn, genuine: str) -> str:
-    """The genuine one, a spoiled one, or something."""
-    at = draw(st.integers(0, len(genuine) - 1))
+    """The genuine one, a spoiled one, or something. (The end of base64 may be written in several ways.)"""
+    at = draw(st.integers(0, len(genuine) // 2))
     spoiled = genuine[:at] + draw(st.sampled_from("AZaz09._-")) + genuine[at + 1 :]
     return draw(st.sampled_from([genuine, spoiled, genuine[:at], genuine * 2]) | st.text(max_size=20))
 
@@ -410,11 +408,10 @@ def tokens(draw: st.DrawFn, genuine: str) -> str:
 @SHARED
 @given(st.data())
 def test_a_token_is_that_of_one_generation_or_of_none(data: st.DataObject):
-    callbacks = Callbacks("https://relay.test", "secret-key-of-the-tests-0123456789")
+    callbacks = Callbacks("https://relay.test", ["secret-key-of-the-tests-0123456789"])
     genuine = callbacks.url("pictory", "gen_1").rpartition("/")[2]
     token = data.draw(tokens(genuine))
-    # Base64 can be written in several ways that are read alike.
-    assert callbacks.generation("pictory", token) in (["gen_1"] if token == genuine else ["gen_1", None])
+    assert callbacks.generation("pictory", token) == ("gen_1" if token == genuine else None)
     assert callbacks.generation("luma", token) is None
 
 
@@ -427,10 +424,6 @@ class Hooked:
     genuine: str
     known: Mapping[str, str]  # ids of what is there, by kind
     operations: Sequence[tuple[str, str, Mapping[str, Any]]]  # those that read a body
-
-    def expects(self, token: str) -> int:
-        callbacks = Callbacks(self.relay.origin, self.relay.settings.secret_key)
-        return 404 if callbacks.generation("pictory", token) is None else 200
 
 
 @pytest.fixture
@@ -464,7 +457,7 @@ MEDIA_TYPES = st.sampled_from(["application/json", "text/html", "application/jso
 
 
 @ENDLESS
-@settings(SHARED, max_examples=EXAMPLES // 2)
+@settings(SHARED, max_examples=OVER_THE_WIRE)
 @given(st.data(), BODIES, st.sampled_from([None, SECRET, "another"]), MEDIA_TYPES)
 async def test_any_callback_is_heard_or_refused(
     hooked: Hooked, data: st.DataObject, body: bytes, secret: str | None, media_type: str
@@ -472,16 +465,22 @@ async def test_any_callback_is_heard_or_refused(
     headers = {"content-type": media_type}
     if secret is not None:
         headers["x-vivix-signature"] = f"sha256={hmac.digest(secret.encode(), body, 'sha256').hex()}"
+    # They may not come too often.
+    hooked.relay.clock.forward(seconds=0.02)
     answer = await hooked.stranger.post("/hooks/vivix", content=body, headers=headers)
     assert answer.status_code == (200 if secret == SECRET else 401)
     token = data.draw(tokens(hooked.genuine))
     path = f"/hooks/pictory/{quote(token, safe='')}"
     answer = await hooked.stranger.post(path, content=body, headers=headers)
-    assert answer.status_code == hooked.expects(token)
+    assert answer.status_code == (200 if token == hooked.genuine else 404)
+    nobody = quote("x" + data.draw(st.text(max_size=20) | st.just("\0")), safe="")
+    for path in (f"/hooks/{nobody}", f"/hooks/{nobody}/{hooked.genuine}"):
+        answer = await hooked.stranger.post(path, content=body, headers=headers)
+        assert answer.status_code == 404
 
 
 @ENDLESS
-@settings(SHARED, max_examples=EXAMPLES // 2)
+@settings(SHARED, max_examples=OVER_THE_WIRE)
 @given(st.data())
 async def test_any_body_is_taken_or_refused_as_the_document_says(hooked: Hooked, data: st.DataObject):
     method, path, operation = data.draw(st.sampled_from(hooked.operations))

@@ -211,6 +211,20 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     await walk("GET", "/v1/keys/{id}", made["id"])
     await walk("DELETE", "/v1/keys/{id}", made["id"])
     await walk("GET", "/v1/keys", **reader)
+    added = {
+        "name": "mine",
+        "provider": "vivix",
+        "api_key": "vivix-0123456789-0123",
+        "webhook_secret": "a-secret",
+    }
+    for body_ in (added, added, added | {"name": "other", "provider": "a:B"}):
+        await walk("POST", "/v1/accounts", json=body_)
+    for name in ("mine", "luma", "nobody"):
+        url = f"/v1/accounts/{name}"
+        await walk("GET", "/v1/accounts/{name}", url=url)
+        for change in ({"webhook_secret": ["a-secret", "another-secret"]}, {"api_key": "short"}):
+            await walk("PATCH", "/v1/accounts/{name}", url=url, json=change)
+        await walk("DELETE", "/v1/accounts/{name}", url=url)
     await walk("GET", "/healthz")
     await walk("GET", "/readyz")
     assert walk.left == set()

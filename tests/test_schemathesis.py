@@ -15,7 +15,7 @@ from tests.program import THOROUGH
 
 CONFIG = Path(__file__).parent / "schemathesis.toml"
 # Random ones for each operation and round, beside those at the edges of the schemas; and how many in all.
-EXAMPLES, CASES = (150, 25_000) if THOROUGH else (15, 1_000)
+EXAMPLES, CASES = (150, 25_000) if THOROUGH else (8, 1_000)
 
 
 async def tried(relay: RunningRelay, directory: Path, *options: str) -> int:

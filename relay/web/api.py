@@ -19,6 +19,7 @@ from relay.ids import new_id
 from relay.key import Key, Scope, hash_of, new_key
 from relay.limit import Limit
 from relay.providers import Account, load
+from relay.redact import BLOT
 from relay.store.credentials import Credential
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Publication
@@ -56,7 +57,7 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         description=body.description,
         event_types=body.event_types or (),
         accounts=await _known_accounts(call, body.accounts),
-        headers=body.headers or {},
+        headers=_headers(body.headers or {}, {}),
         rate_limit=body.rate_limit,
         metadata=body.metadata or {},
     )
@@ -84,11 +85,15 @@ async def get_endpoint(call: Call[Any, None]) -> Result:
 
 async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
     endpoint, given = await _endpoint(call), call.body.model_dump(exclude_unset=True)
+    kept = endpoint.headers
     if "url" in given:
         given["url"] = _url(call.relay, "url", given["url"])
         # Headers may hold a secret of the old host: they do not follow to another one.
-        if "headers" not in given and httpx.URL(given["url"]).host != httpx.URL(endpoint.url).host:
-            given["headers"] = {}
+        if httpx.URL(given["url"]).host != httpx.URL(endpoint.url).host:
+            kept = {}
+            given.setdefault("headers", {})
+    if given.get("headers"):
+        given["headers"] = _headers(given["headers"], kept)
     if "accounts" in given:
         given["accounts"] = await _known_accounts(call, given["accounts"])
     given |= {name: [] for name in ("event_types", "accounts") if name in given and not given[name]}
@@ -484,6 +489,15 @@ def _url(relay: Relay, field: str, url: str) -> str:
         return canonical_url(url, allow_http=network.allow_http, allow=network.allow)
     except ValueError as error:
         raise Invalid(FieldError(field, str(error))) from error
+
+
+def _headers(given: Mapping[str, str], kept: Mapping[str, str]) -> Mapping[str, str]:
+    """The custom headers that are meant, where callers send back what they were shown."""
+    known = {name.lower(): value for name, value in kept.items()}
+    for name, value in given.items():
+        if value == BLOT and name.lower() not in known:
+            raise Invalid(FieldError("headers", f"{name!r} has no value yet that could be kept: send it"))
+    return {name: known[name.lower()] if value == BLOT else value for name, value in given.items()}
 
 
 async def _known_accounts(call: Call[Any, Any], names: Sequence[str] | None) -> Sequence[str]:

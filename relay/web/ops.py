@@ -35,7 +35,7 @@ async def ready(request: Request[State]) -> Response:
         if names := await pending(relay.store.database):
             checks["migrations"] = f"missing: {', '.join(names)}"
     except StoreError as error:
-        checks["database"] = str(error)
+        checks["database"] = relay.redactor(str(error))
     except ConfigError:
         pass  # a newer release has migrated it, and leaves this one working until it is replaced
     skew = relay.asker.skew
