@@ -91,14 +91,26 @@ class Asker:
         except ValidationError as error:
             said = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
             raise ProviderError("unreadable", f"{account.provider.name} gave a wrong {said}") from error
+        return self._without_secrets(update, account)
+
+    def _without_secrets(self, update: Update, account: Account) -> Update:
+        clean = partial(self._clean, account=account)
         problem = update.error
         if problem is not None:
             problem = replace(
-                problem,
-                message=self._clean(problem.message, account),
-                provider_code=self._clean(problem.provider_code, account),
+                problem, message=clean(problem.message), provider_code=clean(problem.provider_code)
             )
-        return replace(update, raw=self._clean(update.raw, account), error=problem)
+        outputs = tuple(
+            replace(one, url=clean(one.url), permanent_url=clean(one.permanent_url)) for one in update.outputs
+        )
+        return replace(
+            update,
+            provider_status=clean(update.provider_status),
+            model=clean(update.model),
+            outputs=outputs,
+            raw=clean(update.raw),
+            error=problem,
+        )
 
     async def fetch(self, account: Account, job_id: str) -> Reply:
         """The provider's reply as it came. Raises ProviderError when there is none."""

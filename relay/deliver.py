@@ -21,7 +21,7 @@ from relay.breaker import Breaker
 from relay.delivery import Answer, Claimed, Code, Settlement, settle
 from relay.errors import StoreError
 from relay.lane import PATIENCE, Lane
-from relay.redact import Redactor, credentials
+from relay.redact import Redactor, credentials, traces
 from relay.sender import Sender
 from relay.shard import Held, shard_of
 from relay.store import Store
@@ -86,7 +86,8 @@ class Deliverer:
         self._over = asyncio.Event()  # an attempt has ended and is settled
         self._swept_to = ""
         self._woken = self._stopping = False
-        self._known = lru_cache(maxsize=1000)(_known)
+        self._traces = lru_cache(maxsize=1000)(_traces)
+        self._stranger = Redactor()
 
     def handoff(self) -> Handoff:
         """Which fresh deliveries `accept` takes now, and the lease to insert them with."""
@@ -463,7 +464,10 @@ class Deliverer:
 
     def _without_secrets(self, one: Claimed, said: str) -> str:
         """What an endpoint said, or was said of it, without what only it and its owner know."""
-        return self._known(tuple(one.secrets), tuple(one.headers.values())).blot(said)
+        known = (*one.secrets, *one.headers.values())
+        if not any(trace in said for trace in self._traces(known)):
+            return self._stranger(said)
+        return Redactor(*(secret for value in known for secret in credentials(value)))(said)
 
     async def _log_and_settle(self, one: Claimed, answer: Answer, news: bool | None) -> None:
         schedule = () if one.event_type in event.TRIED_ONCE else self._schedule
@@ -497,8 +501,8 @@ class Deliverer:
         return [None] * len(postponed)
 
 
-def _known(secrets: Sequence[str], headers: Sequence[str]) -> Redactor:
-    return Redactor(*secrets, *(secret for value in headers for secret in credentials(value)))
+def _traces(known: Sequence[str]) -> Sequence[str]:
+    return [trace for value in known for trace in traces(credentials(value)[-1])]
 
 
 def _spread() -> float:

@@ -4,7 +4,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -13,6 +13,8 @@ BLOT = "[redacted]"
 _SHORTEST = 6
 # Of a text only every so many places are looked at, whether such a piece of a secret stands there.
 _STEP, _PIECE = 16, 8
+# What is longer is not looked for as it is written after it was written once.
+_LONG = 256
 
 
 class Redactor:
@@ -37,7 +39,8 @@ class Redactor:
 
     def __call__(self, text: str) -> str:
         """The text without secrets and without what looks like one; a line of JSON stays one."""
-        text = self.blot(text)
+        if self._pieces or self._short:
+            text = self.blot(text)
         for hint, pattern, rest in _LOOKS:
             if hint in text:
                 text = pattern.sub(rest, text)
@@ -91,25 +94,35 @@ def credentials(header: str) -> list[str]:
     return [header, rest.strip()] if rest and scheme.isalnum() else [header]
 
 
+def traces(secret: str) -> list[str]:
+    """Short texts, one of which is in every text that holds the secret in some form: who finds none need not
+    look further."""
+    bare = secret.removeprefix("whsec_")
+    plain = max(re.findall(r"[A-Za-z0-9_.-]+", bare), key=len, default="")
+    if len(plain) < _SHORTEST:
+        return [""]
+    return [plain[:_STEP], *(one[:_STEP] for one in _base64(bare.encode("utf-8", "replace")))]
+
+
 def _forms(secret: str) -> Iterator[str]:
     """How a secret may be written."""
     plain = {secret, secret.removeprefix("whsec_")} if len(secret) > 20 else {secret}
-    forms = set()
+    forms = set(plain)
+    # A page shows JSON, a log line holds JSON that holds JSON.
+    for _ in range(2 if len(secret) <= _LONG else 1):
+        forms |= {written for one in forms for written in _written(one)}
     for one in plain:
-        raw = one.encode("utf-8", "replace")
-        forms |= {one, quote(one), quote(one, safe=""), html.escape(one), repr(one)[1:-1], *_base64(raw)}
-    # What is written as JSON may have been JSON before.
-    for _ in range(2):
-        forms |= set(_in_json(forms))
+        forms |= set(_base64(one.encode("utf-8", "replace")))
     return (one for one in forms if len(one) >= _SHORTEST)
 
 
-def _in_json(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for only_ascii in (True, False):
-            written = json.dumps(text, ensure_ascii=only_ascii)[1:-1]
-            yield written
-            yield written.replace("/", "\\/")
+def _written(text: str) -> Iterator[str]:
+    in_json = json.dumps(text)[1:-1]
+    in_url = quote(text, safe="", errors="replace")
+    yield from (in_json, in_json.replace("/", "\\/"), in_url, in_url.replace("%2F", "/"))
+    yield from (html.escape(text), repr(text)[1:-1])
+    if not text.isascii():
+        yield json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _base64(raw: bytes) -> Iterator[str]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from relay.config import read_config
 from relay.errors import ConfigError
 from relay.logs import WideFormatter
-from relay.redact import BLOT, Redactor, credentials, passwords, redact
+from relay.redact import BLOT, Redactor, credentials, passwords, redact, traces
 
 SECRET = st.text(st.characters(codec="utf-8"), min_size=6, max_size=60) | st.from_regex(
     r"[A-Za-z0-9+/=_\"'\\<& -]{6,60}", fullmatch=True
@@ -31,6 +31,9 @@ WRITTEN = {
     "in JSON in JSON": lambda one: json.dumps(json.dumps(one))[3:-3],
     "in HTML": html.escape,
     "in Python": lambda one: repr(one)[1:-1],
+    "in JSON in HTML": lambda one: html.escape(json.dumps(one)[1:-1]),
+    "in a URL in JSON": lambda one: json.dumps(quote(one))[1:-1],
+    "in a URL in a URL": lambda one: quote(quote(one, safe=""), safe=""),
 }
 
 
@@ -52,6 +55,19 @@ def test_a_known_secret_is_blotted_out_of_base64_wherever_it_stands(secret, befo
     encode = base64.urlsafe_b64encode if for_urls else base64.b64encode
     said = Redactor(secret).blot(encode(before + raw + after).decode())
     assert BLOT in said
+
+
+@pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN)
+@given(SECRET, AROUND, AROUND)
+def test_where_no_trace_of_a_secret_is_there_is_no_secret(write, secret, before, after):
+    assert any(trace in before + write(secret) + after for trace in traces(secret))
+
+
+@given(SECRET, AROUND.map(str.encode), AROUND.map(str.encode))
+def test_base64_has_its_traces_too(secret, before, after):
+    assert any(
+        trace in base64.b64encode(before + secret.encode() + after).decode() for trace in traces(secret)
+    )
 
 
 @given(st.text(min_size=0, max_size=5), AROUND)
