@@ -91,14 +91,14 @@ class Claimed:
     endpoint_id: str | None
     destination: str
     url: str
-    secrets: Sequence[str]
+    secrets: Sequence[str] = field(repr=False)
     body: bytes
     attempts: int
     run_attempts: int
     trigger: Trigger
     lease: str
     lease_until: int
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     rate_limit: float | None = None  # attempts a second
     expires_at: int | None = None  # when the first URL in the body stops to work
 

@@ -585,8 +585,8 @@ async def test_a_rotated_secret_leaves_those_before_it_valid_for_a_while_and_no_
     assert await store.endpoints.get(TENANT, made.id) == replace(
         made,
         secrets=(
-            Secret("whsec_3"),
-            Secret("whsec_2", expires_at=NOW + 30),
+            Secret("whsec_3", is_rotated=True),
+            Secret("whsec_2", expires_at=NOW + 30, is_rotated=True),
             Secret("whsec_1", expires_at=NOW + 20),
         ),
         updated_at=NOW + 3,

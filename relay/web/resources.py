@@ -219,7 +219,9 @@ class EndpointResource(Resource):
     event_types: Sequence[str] | None
     accounts: Sequence[str] | None
     filter: None = None
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = Field(
+        description="Their values may be secrets: only admins see them, others `…` in their place."
+    )
     rate_limit: float | None
     public_key: str | None = Field(description="`whpk_…`, where it is signed with Ed25519 (`v1a`) as well.")
     metadata: Mapping[str, Any]
@@ -229,26 +231,31 @@ class EndpointResource(Resource):
     updated_at: Time
 
     @classmethod
-    def of(cls, one: endpoint.Endpoint) -> Self:
-        return cls(**_endpoint(one))
+    def of(cls, one: endpoint.Endpoint, *, to_admin: bool) -> Self:
+        return cls(**_endpoint(one, to_admin=to_admin))
 
 
 class EndpointWithSecret(EndpointResource):
-    secret: str
+    secret: str | None = Field(
+        description="Null when an Idempotency-Key is used again after a rotation, but not for admins."
+    )
 
     @classmethod
-    def of(cls, one: endpoint.Endpoint) -> Self:
-        return cls(**_endpoint(one), secret=one.secrets[0].symmetric)
+    def of(cls, one: endpoint.Endpoint, *, to_admin: bool) -> Self:
+        newest = one.secrets[0]
+        shown = newest.symmetric if to_admin or not newest.is_rotated else None
+        return cls(**_endpoint(one, to_admin=to_admin), secret=shown)
 
 
-def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
+def _endpoint(one: endpoint.Endpoint, *, to_admin: bool) -> dict[str, Any]:
     return {
         "id": one.id,
         "url": one.url,
         "description": one.description,
         "event_types": list(one.event_types) or None,
         "accounts": list(one.accounts) or None,
-        "headers": one.headers,
+        # It cannot be sent back by mistake: that is no value of a header.
+        "headers": one.headers if to_admin else dict.fromkeys(one.headers, "…"),
         "rate_limit": one.rate_limit,
         "public_key": one.public_key,
         "metadata": one.metadata,
