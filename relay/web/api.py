@@ -101,7 +101,7 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
         endpoint.id,
         given,
         now=call.relay.now(),
-        entry=call.entry("endpoint.changed", endpoint.id, fields=list(given)),
+        entry=call.entry("endpoint.changed", endpoint.id, fields=list(given)) if given else None,
     )
     if changed is None:
         raise NotFound(f"no endpoint {endpoint.id}")
@@ -383,7 +383,8 @@ async def change_account(call: Call[r.AccountChange, None]) -> Result:
             raise Invalid(FieldError("api_key", problem))
         return after
 
-    entry = call.entry("account.changed", call.path["name"], fields=sorted(call.body.model_fields_set))
+    given = sorted(call.body.model_fields_set)
+    entry = call.entry("account.changed", call.path["name"], fields=given) if given else None
     is_there = await relay.store.credentials.change(name, changed, now=relay.now(), entry=entry)
     found = await _changed_account(relay, name) if is_there else None
     if found is None:
