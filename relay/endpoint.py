@@ -42,11 +42,12 @@ MOST_SECRETS = 10
 @dataclass(frozen=True, slots=True)
 class Secret:
     """What deliveries are signed with: a `whsec_…`, and a `whsk_…` where Ed25519 is wanted as well. After a
-    rotation it is valid until `expires_at`."""
+    rotation it is valid until `expires_at`. `is_rotated`: not the one that the endpoint was made with."""
 
-    symmetric: str
-    private: str | None = None
+    symmetric: str = field(repr=False)
+    private: str | None = field(default=None, repr=False)
     expires_at: int | None = None
+    is_rotated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Endpoint:
     description: str | None = None
     event_types: Sequence[str] = ()
     accounts: Sequence[str] = ()
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     rate_limit: float | None = None  # attempts a second
     failing_since: int | None = None  # every attempt since then has failed
@@ -108,7 +109,7 @@ def rotated(secrets: Sequence[Secret], new: str, *, now: int, expires_at: int) -
     asymmetric = bool(secrets) and secrets[0].private is not None
     old = [replace(one, expires_at=min(one.expires_at or expires_at, expires_at)) for one in secrets]
     kept = [one for one in old if (one.expires_at or 0) > now]
-    newest = Secret(new, signature.new_private_key() if asymmetric else None)
+    newest = Secret(new, signature.new_private_key() if asymmetric else None, is_rotated=True)
     return (newest, *kept[: MOST_SECRETS - 1])
 
 

@@ -252,6 +252,61 @@ async def test_every_operation_needs_the_scope_that_it_should(world: World) -> N
         assert scope != "read" or (name.startswith("GET ") and "secret" not in name), name
 
 
+async def test_values_of_headers_are_for_admins_and_who_sends_back_what_stands_for_them_keeps_them(
+    world: World,
+) -> None:
+    relay = await world.relay()
+    url = world.subscriber.origin + "/"
+    headers = {"authorization": "Bearer sesame", "x-team": "tulips"}
+    made = await world.endpoint(relay, headers=headers)
+    path = f"/v1/endpoints/{made['id']}"
+    shown = (await relay.api.get(path)).json()["headers"]
+    assert shown == {"authorization": "[redacted]", "x-team": "tulips"}
+    reader, writer = await world.member(relay, "read"), await world.member(relay, "write")
+    answers = [
+        await reader.get(path),
+        await reader.get("/v1/endpoints"),
+        await writer.patch(path, json={"description": "a"}),
+        await writer.post(path + "/disable"),
+        await writer.post(path + "/enable"),
+        await writer.post("/v1/endpoints", json={"url": url, "headers": headers}),
+    ]
+    for answer in answers:
+        assert answer.is_success
+        assert "sesame" not in answer.text and "tulips" not in answer.text
+        assert "authorization" in answer.text
+    back = await writer.patch(path, json={"headers": answers[0].json()["headers"]})
+    assert back.status_code == 200
+    assert (await relay.api.get(path)).json()["headers"] == shown
+    await relay.api.post(path + "/test")
+    [received] = await world.subscriber.got(1)
+    assert (received.headers["authorization"], received.headers["x-team"]) == ("Bearer sesame", "tulips")
+
+
+async def test_a_rotated_secret_is_not_shown_again_to_who_made_the_endpoint(
+    database_url: str, world: World
+) -> None:
+    relay = await world.relay(database=database_url)
+    writer = await world.member(relay, "write")
+
+    async def make(api: httpx.AsyncClient) -> dict[str, Any]:
+        body, key = {"url": world.subscriber.origin + "/"}, {"idempotency-key": "k"}
+        answer = await api.post("/v1/endpoints", json=body, headers=key)
+        assert answer.status_code == 201
+        return dict(answer.json())
+
+    first = await make(writer)
+    assert await make(writer) == first
+    path = f"/v1/endpoints/{first['id']}"
+    assert (await relay.api.post(path + "/secret/rotate")).status_code == 200
+    new = (await relay.api.get(path + "/secret")).json()["secret"]
+    world.clock.forward(seconds=0.002)
+    before = (await relay.api.get("/v1/audit")).json()["data"]
+    assert ((await make(writer))["id"], (await make(writer))["secret"]) == (first["id"], None)
+    assert (await relay.api.get("/v1/audit")).json()["data"] == before
+    assert (await make(relay.api))["secret"] == new
+
+
 async def test_several_scopes_allow_what_each_allows(world: World) -> None:
     relay = await world.relay()
     member = await world.member(relay, "read", "replay")

@@ -577,7 +577,6 @@ def test_no_canary_of_the_configuration_or_of_a_request_is_in_the_database(run: 
         assert run.canaries.found(text, *names) == set(), where
 
 
-@pytest.mark.xfail(strict=False, reason="secrets at rest")
 def test_no_canary_is_in_the_database(run: Run) -> None:
     for where, text in run.stored.items():
         assert run.canaries.found(text) == set(), where

@@ -286,3 +286,22 @@ async def test_a_tenants_secret_is_its_own_from_its_first_key_on(world: World) -
     ]
     assert secrets[:3] == secrets[3:]
     assert len(set(secrets)) == 3
+
+
+async def test_a_neighbours_callback_url_at_the_same_host_slows_nobody_else(
+    database_url: str, world: World
+) -> None:
+    relay = await world.relay(database=database_url, accounts=shared(world))
+    ours, theirs = [await world.member(relay, *SCOPES, tenant=name) for name in ("ours", "theirs")]
+    world.subscriber.answer(429, path="/theirs", headers={"retry-after": "86400"})
+
+    async def end(api: httpx.AsyncClient, path: str) -> None:
+        job = world.simulator.submit("luma", duration=0)
+        body = {"account": "luma", "job_id": job, "callback_url": world.subscriber.origin + path}
+        assert (await api.post("/v1/generations", json=body)).status_code == 201
+        await world.subscriber.got(1, path=path)
+
+    await end(theirs, "/theirs")
+    attempted = RunningRelay(relay.origin, relay.settings, theirs, relay.clock)
+    await attempted.eventually("/v1/deliveries", lambda page: page["data"][0]["attempt_count"] == 1)
+    await end(ours, "/ours")

@@ -67,20 +67,21 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         raise Conflict("what this Idempotency-Key created is gone")
     if not created.secrets:
         raise Conflict(_BROKEN)
-    if created.id != endpoint.id:
+    shown = r.EndpointWithSecret.of(created, to_admin=call.caller.is_admin)
+    if created.id != endpoint.id and shown.secret is not None:
         await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", created.id))
-    return Result(201, r.EndpointWithSecret.of(created))
+    return Result(201, shown)
 
 
 async def list_endpoints(call: Call[None, r.PageQuery]) -> Result:
     found = await call.relay.store.endpoints.page(
         call.tenant, limit=call.query.limit + 1, cursor=call.query.cursor
     )
-    return _page(found, call.query, r.EndpointResource.of)
+    return _page(found, call.query, lambda one: r.EndpointResource.of(one, to_admin=call.caller.is_admin))
 
 
 async def get_endpoint(call: Call[Any, None]) -> Result:
-    return Result(200, r.EndpointResource.of(await _endpoint(call)))
+    return Result(200, r.EndpointResource.of(await _endpoint(call), to_admin=call.caller.is_admin))
 
 
 async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
@@ -103,12 +104,12 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
         endpoint.id,
         given,
         now=call.relay.now(),
-        entry=call.entry("endpoint.changed", endpoint.id, fields=list(given)),
+        entry=call.entry("endpoint.changed", endpoint.id, fields=list(given)) if given else None,
     )
     if changed is None:
         raise NotFound(f"no endpoint {endpoint.id}")
     call.relay.deliverer.changed(endpoint.id)
-    return Result(200, r.EndpointResource.of(changed))
+    return Result(200, r.EndpointResource.of(changed, to_admin=call.caller.is_admin))
 
 
 async def delete_endpoint(call: Call[None, None]) -> Result:
@@ -385,7 +386,8 @@ async def change_account(call: Call[r.AccountChange, None]) -> Result:
             raise Invalid(FieldError("api_key", problem))
         return after
 
-    entry = call.entry("account.changed", call.path["name"], fields=sorted(call.body.model_fields_set))
+    given = sorted(call.body.model_fields_set)
+    entry = call.entry("account.changed", call.path["name"], fields=given) if given else None
     is_there = await relay.store.credentials.change(name, changed, now=relay.now(), entry=entry)
     found = await _changed_account(relay, name) if is_there else None
     if found is None:

@@ -223,7 +223,7 @@ class EndpointResource(Resource):
     accounts: Sequence[str] | None
     filter: None = None
     headers: Mapping[str, str] = Field(
-        description=f"{BLOT} is the value of those whose names look like a credential's."
+        description=f"{BLOT} stands for what may be secret: admins see values of harmless names."
     )
     rate_limit: float | None
     public_key: str | None = Field(description="`whpk_…`, where it is signed with Ed25519 (`v1a`) as well.")
@@ -234,19 +234,23 @@ class EndpointResource(Resource):
     updated_at: Time
 
     @classmethod
-    def of(cls, one: endpoint.Endpoint) -> Self:
-        return cls(**_endpoint(one))
+    def of(cls, one: endpoint.Endpoint, *, to_admin: bool) -> Self:
+        return cls(**_endpoint(one, to_admin=to_admin))
 
 
 class EndpointWithSecret(EndpointResource):
-    secret: str
+    secret: str | None = Field(
+        description="Null when an Idempotency-Key is used again after a rotation, but not for admins."
+    )
 
     @classmethod
-    def of(cls, one: endpoint.Endpoint) -> Self:
-        return cls(**_endpoint(one), secret=one.secrets[0].symmetric)
+    def of(cls, one: endpoint.Endpoint, *, to_admin: bool) -> Self:
+        newest = one.secrets[0]
+        shown = newest.symmetric if to_admin or not newest.is_rotated else None
+        return cls(**_endpoint(one, to_admin=to_admin), secret=shown)
 
 
-def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
+def _endpoint(one: endpoint.Endpoint, *, to_admin: bool) -> dict[str, Any]:
     return {
         "id": one.id,
         "url": one.url,
@@ -254,7 +258,8 @@ def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
         "event_types": list(one.event_types) or None,
         "accounts": list(one.accounts) or None,
         "headers": {
-            name: BLOT if endpoint.is_sensitive(name) else value for name, value in one.headers.items()
+            name: value if to_admin and not endpoint.is_sensitive(name) else BLOT
+            for name, value in one.headers.items()
         },
         "rate_limit": one.rate_limit,
         "public_key": one.public_key,
