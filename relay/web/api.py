@@ -76,9 +76,7 @@ async def list_endpoints(call: Call[None, r.PageQuery]) -> Result:
     found = await call.relay.store.endpoints.page(
         call.tenant, limit=call.query.limit + 1, cursor=call.query.cursor
     )
-    return _page(
-        found, call.query, lambda one: r.EndpointResource.of(one, to_admin=call.caller.is_admin)
-    )
+    return _page(found, call.query, lambda one: r.EndpointResource.of(one, to_admin=call.caller.is_admin))
 
 
 async def get_endpoint(call: Call[Any, None]) -> Result:
@@ -90,7 +88,7 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
     if "url" in given:
         given["url"] = _url(call.relay, "url", given["url"])
         # Headers may hold a secret of the old host: they do not follow to another one.
-        if "headers" not in given and httpx.URL(given["url"]).host != httpx.URL(endpoint.url).host:
+        if "headers" not in given and _origin(given["url"]) != _origin(endpoint.url):
             given["headers"] = {}
     if "accounts" in given:
         given["accounts"] = await _known_accounts(call, given["accounts"])
@@ -538,7 +536,11 @@ def _settings(relay: Relay, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _host(credential: Credential) -> tuple[str, str, int | None]:
-    url = httpx.URL(credential.base_url or load(credential.provider).base_url)
+    return _origin(credential.base_url or load(credential.provider).base_url)
+
+
+def _origin(text: str) -> tuple[str, str, int | None]:
+    url = httpx.URL(text)
     return url.scheme, url.host, url.port
 
 
