@@ -98,8 +98,8 @@ class Roster(Mapping[str, Account]):
             self._read_at = self._now()
 
     async def look(self, names: Collection[str]) -> None:
-        """Reads these accounts as they are now. Whoever names accounts that are not there, be it a stranger at
-        a callback URL, makes nobody wait for more than one read."""
+        """Reads these accounts as they are now. Whoever names accounts that are not there, be it a stranger
+        at a callback URL, makes nobody wait for more than one read."""
         await asyncio.gather(*map(self._looks, names))
 
     async def _look(self, names: Sequence[str]) -> Sequence[None]:
