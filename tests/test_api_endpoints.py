@@ -180,6 +180,19 @@ async def test_a_patch_changes_what_it_names_and_nothing_else(world: World) -> N
     assert (await relay.api.get(path + "/secret")).json()["secret"] == created["secret"]
 
 
+@pytest.mark.parametrize("moved", ["https://b.test/", "https://a.test:8443/", "http://127.0.0.1/"])
+async def test_headers_stay_behind_when_the_url_moves_to_another_host_or_port(
+    world: World, moved: str
+) -> None:
+    relay = await world.relay()
+    old = "https://127.0.0.1/" if moved.startswith("http:") else "https://a.test/"
+    made = (await relay.api.post("/v1/endpoints", json={"url": old, "headers": {"x-a": "b"}})).json()
+    path = f"/v1/endpoints/{made['id']}"
+    same = await relay.api.patch(path, json={"url": old + "path"})
+    assert same.json()["headers"] == {"x-a": "b"}
+    assert (await relay.api.patch(path, json={"url": moved})).json()["headers"] == {}
+
+
 async def test_changes_at_the_same_time_do_not_undo_each_other(world: World) -> None:
     relay = await world.relay()
     path = f"/v1/endpoints/{(await world.endpoint(relay))['id']}"

@@ -4,11 +4,13 @@ What is tried is read from the OpenAPI document, so that an operation that is ad
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from relay.key import Scope
@@ -305,3 +307,20 @@ async def test_a_neighbours_callback_url_at_the_same_host_slows_nobody_else(
     attempted = RunningRelay(relay.origin, relay.settings, theirs, relay.clock)
     await attempted.eventually("/v1/deliveries", lambda page: page["data"][0]["attempt_count"] == 1)
     await end(ours, "/ours")
+
+
+async def test_where_a_name_inside_leads_is_told_to_nobody_but_the_operator(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "relay.guard")
+    relay = await world.relay(network={"allow_http": True})
+    theirs = await world.member(relay, *SCOPES, tenant="theirs")
+    made = (await theirs.post("/v1/endpoints", json={"url": "http://localhost:9/"})).json()
+    sent = (await theirs.post(f"/v1/endpoints/{made['id']}/test")).json()
+    found = RunningRelay(relay.origin, relay.settings, theirs, relay.clock)
+    path = f"/v1/deliveries/{sent['id']}"
+    [attempt] = (await found.eventually(path, lambda one: one["status"] == "failed"))["attempts"]
+    assert attempt["error"]["code"] == "blocked_address"
+    assert "localhost" in attempt["error"]["message"]
+    assert not re.search(r"127\.|::1", json.dumps(attempt))
+    assert [one.host for one in caplog.records if one.message == "guard.refused"] == ["localhost"]

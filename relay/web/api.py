@@ -90,7 +90,7 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
     if "url" in given:
         given["url"] = _url(call.relay, "url", given["url"])
         # Headers may hold a secret of the old host: they do not follow to another one.
-        if httpx.URL(given["url"]).host != httpx.URL(endpoint.url).host:
+        if _origin(given["url"]) != _origin(endpoint.url):
             kept = {}
             given.setdefault("headers", {})
     if given.get("headers"):
@@ -550,7 +550,11 @@ def _settings(relay: Relay, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _host(credential: Credential) -> tuple[str, str, int | None]:
-    url = httpx.URL(credential.base_url or load(credential.provider).base_url)
+    return _origin(credential.base_url or load(credential.provider).base_url)
+
+
+def _origin(text: str) -> tuple[str, str, int | None]:
+    url = httpx.URL(text)
     return url.scheme, url.host, url.port
 
 
