@@ -516,20 +516,23 @@ class Day:
     async def begin_in_vain(self) -> None:
         """Programs that cannot start say why, without the password."""
         password = self.new("the password of a wrong URL")
-        for number, url in enumerate(
-            (
-                f"postgresql://relay:{password}@127.0.0.1:1/relay?connect_timeout=1",
-                f"postgresql://relay:{password}@127.0.0.1:port/relay",
-                f"postgresql://relay@127.0.0.1:1/relay?password={password}&sslmode=nonsense",
-                f"mysql://relay:{password}@127.0.0.1/relay",
-            )
-        ):
+        urls = (
+            f"postgresql://relay:{password}@127.0.0.1:1/relay?connect_timeout=1",
+            f"postgresql://relay:{password}@127.0.0.1:port/relay",
+            f"postgresql://relay@127.0.0.1:1/relay?password={password}&sslmode=nonsense",
+            f"mysql://relay:{password}@127.0.0.1/relay",
+        )
+
+        async def begin(number: int, url: str) -> str:
             program = Program.placed(self.directory / f"in-vain-{number}", url)
-            starting = asyncio.create_task(program.start())
             with suppress(AssertionError, TimeoutError):
-                await asyncio.wait_for(starting, 3)
+                await asyncio.wait_for(program.start(), 5)
             await program.end(signal.SIGTERM)
-            self.run.log += (program.directory / "log").read_text()
+            return (program.directory / "log").read_text()
+
+        said = await asyncio.gather(*(begin(number, url) for number, url in enumerate(urls)))
+        assert all(said)
+        self.run.log += "".join(said)
 
 
 def test_the_day_was_bad_enough(run: Run) -> None:
