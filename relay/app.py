@@ -29,6 +29,7 @@ from relay.keyring import KeyRing
 from relay.limit import Limit
 from relay.poll import Poller
 from relay.prune import prune
+from relay.redact import Redactor
 from relay.renew import Renewer
 from relay.roster import Roster
 from relay.sender import Sender
@@ -73,25 +74,29 @@ def build(
     *,
     now: Callable[[], int] = wall_clock,
     show_key: Callable[[str], None] | None = None,
+    redactor: Redactor | None = None,
 ) -> Starlette:
     """The relay as an ASGI application; its lifespan is the relay's life.
 
-    `show_key` is told the admin key when one had to be made; nobody can learn it afterwards.
+    `show_key` is told the admin key when one had to be made; nobody can learn it afterwards. `redactor` is
+    the one that logs go through, if they do: it learns of credentials that come later.
     """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
-        async with running(settings, now=now, show_key=show_key) as relay:
+        async with running(settings, now=now, show_key=show_key, redactor=redactor) as relay:
             yield {"relay": relay}
 
     return _web(settings, lifespan)
 
 
-async def serve(settings: Settings, *, show_key: Callable[[str], None]) -> None:
+async def serve(
+    settings: Settings, *, show_key: Callable[[str], None], redactor: Redactor | None = None
+) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is in flight. Raises ConfigError."""
     use_all_files()
     bound = bind(settings.host, settings.port)
-    async with running(settings, now=wall_clock, show_key=show_key) as relay:
+    async with running(settings, now=wall_clock, show_key=show_key, redactor=redactor) as relay:
 
         @asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[State]:
@@ -133,7 +138,11 @@ def _web(
 
 @asynccontextmanager
 async def running(
-    settings: Settings, *, now: Callable[[], int], show_key: Callable[[str], None] | None = None
+    settings: Settings,
+    *,
+    now: Callable[[], int],
+    show_key: Callable[[str], None] | None = None,
+    redactor: Redactor | None = None,
 ) -> AsyncIterator[Relay]:
     """A relay at work. Leaving finishes what is in flight, gives back the rest and closes everything."""
     async with AsyncExitStack() as stack:
@@ -148,7 +157,8 @@ async def running(
         stack.push_async_callback(asker.close)
         sender = Sender.open(guard, timeout=settings.delivery.timeout, proxy=settings.network.proxy, now=now)
         stack.push_async_callback(sender.close)
-        relay = _assemble(settings, store, asker, sender, now=now)
+        known = redactor or Redactor(*settings.secrets)
+        relay = _assemble(settings, store, asker, sender, redactor=known, now=now)
         await relay.accounts.look_at_all()
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
@@ -190,7 +200,13 @@ async def _prepare(
 
 
 def _assemble(
-    settings: Settings, store: Store, asker: Asker, sender: Sender, *, now: Callable[[], int]
+    settings: Settings,
+    store: Store,
+    asker: Asker,
+    sender: Sender,
+    *,
+    redactor: Redactor,
+    now: Callable[[], int],
 ) -> Relay:
     held, name = Held(), new_id("rly", now())
     bell = Bell(store.database, relay=name)
@@ -198,7 +214,7 @@ def _assemble(
     def check_base_url(url: str) -> None:
         check_url("base_url", url, settings, allow_http=settings.network.allow_http)
 
-    roster = Roster(accounts(settings), store, check=check_base_url, now=now)
+    roster = Roster(accounts(settings), store, check=check_base_url, learn_secrets=redactor.add, now=now)
 
     async def look(account: str, job_id: str) -> Update:
         return await poller.look(account, job_id)
@@ -284,6 +300,7 @@ def _assemble(
         gate=Gate(store.keys, settings.admin_key, now=now),
         test_limit=Limit(TESTS_A_MINUTE / 60, TESTS_A_MINUTE),
         replay_limit=Limit(REPLAYS_A_SECOND, REPLAYS_AT_ONCE),
+        redactor=redactor,
         watch=Batch(store.generations.create),
         hint=Batch(hint),
         now=now,

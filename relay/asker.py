@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from email.utils import parsedate_to_datetime
+from functools import lru_cache, partial
 from typing import Any, Self
 
 import httpx
@@ -18,10 +19,11 @@ from relay.errors import ProviderError
 from relay.generation import Update
 from relay.guard import Guard, connector, reason
 from relay.providers import Account, Reply, understand
-from relay.redact import redact
+from relay.redact import Redactor, redact
 
 TIMEOUT = 20.0
 LARGEST_ANSWER = 1024 * 1024
+LONGEST_COMPLAINT = 500
 _UPDATE = TypeAdapter(Update)
 _HEADERS = {
     # Some providers refuse clients that do not say who they are.
@@ -42,6 +44,7 @@ class Asker:
     ) -> None:
         self._transport, self._capability, self._now = transport, capability, now
         self._skews: deque[int] = deque(maxlen=15)
+        self._known = lru_cache(maxsize=1000)(lambda secrets: Redactor(*secrets))
 
     @classmethod
     def open(cls, guard: Guard, *, capability: str, proxy: str | None = None, now: Callable[[], int]) -> Self:
@@ -77,10 +80,10 @@ class Asker:
         try:
             update = understand(account.provider, reply, now=self._now())
         except ProviderError as error:
-            said = storable(self._clean(str(error), account))
+            said = storable(self._clean(str(error), account))[:LONGEST_COMPLAINT]
             raise ProviderError(error.code, said, retry_after=error.retry_after) from error
         except Exception as error:
-            said = storable(self._clean(repr(error), account))
+            said = storable(self._clean(repr(error), account))[:LONGEST_COMPLAINT]
             raise ProviderError("unreadable", f"{account.provider.name} failed to read it: {said}") from error
         try:
             # A provider file that is not ours may say anything, and what is stored must be readable again.
@@ -88,14 +91,26 @@ class Asker:
         except ValidationError as error:
             said = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
             raise ProviderError("unreadable", f"{account.provider.name} gave a wrong {said}") from error
+        return self._without_secrets(update, account)
+
+    def _without_secrets(self, update: Update, account: Account) -> Update:
+        clean = partial(self._clean, account=account)
         problem = update.error
         if problem is not None:
             problem = replace(
-                problem,
-                message=self._clean(problem.message, account),
-                provider_code=self._clean(problem.provider_code, account),
+                problem, message=clean(problem.message), provider_code=clean(problem.provider_code)
             )
-        return replace(update, raw=self._clean(update.raw, account), error=problem)
+        outputs = tuple(
+            replace(one, url=clean(one.url), permanent_url=clean(one.permanent_url)) for one in update.outputs
+        )
+        return replace(
+            update,
+            provider_status=clean(update.provider_status),
+            model=clean(update.model),
+            outputs=outputs,
+            raw=clean(update.raw),
+            error=problem,
+        )
 
     async def fetch(self, account: Account, job_id: str) -> Reply:
         """The provider's reply as it came. Raises ProviderError when there is none."""
@@ -114,14 +129,16 @@ class Asker:
         except TimeoutError as error:
             raise ProviderError("unreachable", f"no whole answer within {TIMEOUT:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL, ClientError, OSError, ValueError) as error:
-            raise ProviderError("unreachable", f"cannot be asked: {reason(error)}") from error
+            said = reason(error, partial(self._clean, account=account))
+            raise ProviderError("unreachable", f"cannot be asked: {said}") from error
         if account.owner is None:
             # What a tenant calls a provider may say anything, and all relays would count as out of order.
             self._compare_clocks(response.headers.get("date"))
         return Reply(response.status_code, body, dict(response.headers))
 
     def _clean(self, value: Any, account: Account) -> Any:
-        return redact(value, [account.api_key, *account.webhook_secrets], capability=self._capability)
+        known = self._known((account.api_key, *account.webhook_secrets))
+        return redact(value, known, capability=self._capability)
 
     def _compare_clocks(self, date: str | None) -> None:
         try:

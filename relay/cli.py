@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from relay.demo import demo as run_demo
 from relay.errors import ConfigError, CopyFailed, StoreError
 from relay.local import keys, rekey
 from relay.logs import set_up
+from relay.redact import Redactor
 from relay.remote import accounts, deliveries, endpoints, generations, track
 from relay.server import Server, bind, origin
 from relay.simulator import Simulator
@@ -61,9 +63,13 @@ def main() -> None:
     try:
         app()
     except (ConfigError, StoreError) as error:
-        for line in str(error).splitlines():
-            err.print(f"[red]relay:[/] {escape(line)}", highlight=False, soft_wrap=True)
+        _complain(str(error))
         sys.exit(2)
+
+
+def _complain(message: str) -> None:
+    for line in message.splitlines():
+        err.print(f"[red]relay:[/] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -79,8 +85,13 @@ def about(
 def serve(config: Config = None) -> None:
     """Run the relay until SIGTERM or Ctrl-C."""
     settings = load_config(config)
-    set_up(settings.log_level)
-    _run(serve_relay(settings, show_key=_show_key))
+    redactor = Redactor(*settings.secrets, os.environ.get("PGPASSWORD", ""))
+    set_up(settings.log_level, redactor)
+    try:
+        _run(serve_relay(settings, show_key=_show_key, redactor=redactor))
+    except (ConfigError, StoreError) as error:
+        _complain(redactor(str(error)))
+        raise typer.Exit(2) from None
 
 
 @app.command()

@@ -5,7 +5,7 @@ Durations are milliseconds once they are read.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from relay import account, tenant
 from relay.endpoint import canonical_url
 from relay.errors import ConfigError
 from relay.providers import Account, load
+from relay.redact import passwords
 from relay.times import parse_duration
 
 OVERRIDES = {
@@ -110,7 +111,7 @@ class DeliverySettings(_Section):
 class NetworkSettings(_Section):
     allow: tuple[IPvAnyNetwork, ...] = ()
     allow_http: bool = False
-    proxy: str | None = Field(default=None, pattern=r"^https?://")
+    proxy: str | None = Field(default=None, pattern=r"^https?://", repr=False)
     trusted_proxies: tuple[IPvAnyNetwork, ...] = ()
 
 
@@ -126,7 +127,7 @@ class Settings(_Section):
     public_url: str | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
-    database: str = "sqlite:///relay.db"
+    database: str = Field(default="sqlite:///relay.db", repr=False)
     secret_key: str = Field(min_length=1, repr=False)
     previous_secret_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), repr=False)
     admin_key: Annotated[str, AfterValidator(_sendable)] | None = Field(default=None, repr=False)
@@ -148,6 +149,25 @@ class Settings(_Section):
         """What providers call back: `public_url`, or else this machine."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return (self.public_url or f"http://{host}:{self.port}").rstrip("/")
+
+    @property
+    def secrets(self) -> list[str]:
+        """All that must appear nowhere: what `repr` does not show, of URLs the passwords."""
+        return [secret for text in _hidden(self) for secret in (passwords(text) if "://" in text else [text])]
+
+
+def _hidden(value: Any, hide: bool = False) -> Iterator[str]:
+    if isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            yield from _hidden(getattr(value, name), hide or not field.repr)
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _hidden(one, hide)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _hidden(one, hide)
+    elif isinstance(value, str) and hide:
+        yield value
 
 
 def load_config(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:

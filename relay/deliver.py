@@ -11,6 +11,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import islice
 from uuid import uuid4
 
@@ -20,6 +21,7 @@ from relay.breaker import Breaker
 from relay.delivery import Answer, Claimed, Code, Settlement, settle
 from relay.errors import StoreError
 from relay.lane import PATIENCE, Lane
+from relay.redact import Redactor, credentials, traces
 from relay.sender import Sender
 from relay.shard import Held, shard_of
 from relay.store import Store
@@ -84,6 +86,8 @@ class Deliverer:
         self._over = asyncio.Event()  # an attempt has ended and is settled
         self._swept_to = ""
         self._woken = self._stopping = False
+        self._traces = lru_cache(maxsize=1000)(_traces)
+        self._stranger = Redactor()
 
     def handoff(self) -> Handoff:
         """Which fresh deliveries `accept` takes now, and the lease to insert them with."""
@@ -452,10 +456,18 @@ class Deliverer:
             return Answer(now, 0, code=Code.INTERNAL, message=message)
         try:
             headers = signature.headers(one.secrets, one.event_id, now // 1000, one.body)
-            return await self._sender.send(one.url, one.body, {**one.headers, **headers})
+            clean = partial(self._without_secrets, one)
+            return await self._sender.send(one.url, one.body, {**one.headers, **headers}, clean=clean)
         except Exception as error:
             log.error("delivery.internal: %s", error, exc_info=error)
             return Answer(now, 0, code=Code.INTERNAL, message="Relay could not make this attempt")
+
+    def _without_secrets(self, one: Claimed, said: str) -> str:
+        """What an endpoint said, or was said of it, without what only it and its owner know."""
+        known = (*one.secrets, *one.headers.values())
+        if not any(trace in said for trace in self._traces(known)):
+            return self._stranger(said)
+        return Redactor(*(secret for value in known for secret in credentials(value)))(said)
 
     async def _log_and_settle(self, one: Claimed, answer: Answer, news: bool | None) -> None:
         schedule = () if one.event_type in event.TRIED_ONCE else self._schedule
@@ -487,6 +499,10 @@ class Deliverer:
     async def _postpone(self, postponed: Sequence[tuple[Claimed, int]]) -> Sequence[None]:
         await self._store.deliveries.postpone(postponed)
         return [None] * len(postponed)
+
+
+def _traces(known: Sequence[str]) -> Sequence[str]:
+    return [trace for value in known for trace in traces(credentials(value)[-1])]
 
 
 def _spread() -> float:

@@ -50,9 +50,10 @@ class Code(StrEnum):
     INTERNAL = "internal"  # a fault of Relay's own
 
 
-def destination(endpoint_id: str | None, callback_url: str | None) -> str:
-    """What shares one queue, one breaker and one limit: an endpoint, or the host of callback URLs."""
-    return endpoint_id or f"callback:{urlsplit(callback_url or '').netloc}"
+def destination(tenant: str, endpoint_id: str | None, callback_url: str | None) -> str:
+    """What shares one queue, one breaker and one limit: an endpoint, or the host of a tenant's callback URLs.
+    What a host answers to one tenant slows no other."""
+    return endpoint_id or f"callback:{tenant}:{urlsplit(callback_url or '').netloc}"
 
 
 LONGEST_RETRY_AFTER = 86_400_000
@@ -88,21 +89,18 @@ class Claimed:
     event_id: str
     event_type: str
     endpoint_id: str | None
+    destination: str
     url: str
-    secrets: Sequence[str]
+    secrets: Sequence[str] = field(repr=False)
     body: bytes
     attempts: int
     run_attempts: int
     trigger: Trigger
     lease: str
     lease_until: int
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     rate_limit: float | None = None  # attempts a second
     expires_at: int | None = None  # when the first URL in the body stops to work
-
-    @property
-    def destination(self) -> str:
-        return destination(self.endpoint_id, self.url)
 
     @property
     def is_retry(self) -> bool:

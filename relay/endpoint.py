@@ -30,6 +30,7 @@ _FORBIDDEN_HEADERS = {
     *("user-agent", "via", "x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds"),
 }
 _FORBIDDEN_PREFIXES = ("webhook-", "x-amz-", "x-goog-", "x-azure-", "x-forwarded-", "sec-")
+_SENSITIVE = ("auth", "token", "key", "secret", "password", "credential", "signature", "cookie")
 
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
 
@@ -41,11 +42,12 @@ MOST_SECRETS = 10
 @dataclass(frozen=True, slots=True)
 class Secret:
     """What deliveries are signed with: a `whsec_…`, and a `whsk_…` where Ed25519 is wanted as well. After a
-    rotation it is valid until `expires_at`."""
+    rotation it is valid until `expires_at`. `is_rotated`: not the one that the endpoint was made with."""
 
-    symmetric: str
-    private: str | None = None
+    symmetric: str = field(repr=False)
+    private: str | None = field(default=None, repr=False)
     expires_at: int | None = None
+    is_rotated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class Endpoint:
     description: str | None = None
     event_types: Sequence[str] = ()
     accounts: Sequence[str] = ()
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     rate_limit: float | None = None  # attempts a second
     failing_since: int | None = None  # every attempt since then has failed
@@ -107,7 +109,7 @@ def rotated(secrets: Sequence[Secret], new: str, *, now: int, expires_at: int) -
     asymmetric = bool(secrets) and secrets[0].private is not None
     old = [replace(one, expires_at=min(one.expires_at or expires_at, expires_at)) for one in secrets]
     kept = [one for one in old if (one.expires_at or 0) > now]
-    newest = Secret(new, signature.new_private_key() if asymmetric else None)
+    newest = Secret(new, signature.new_private_key() if asymmetric else None, is_rotated=True)
     return (newest, *kept[: MOST_SECRETS - 1])
 
 
@@ -134,7 +136,8 @@ def canonical_url(text: str, *, allow_http: bool, allow: Networks) -> str:
         url = httpx.URL(text)
         host, port = url.raw_host.decode("ascii"), url.port
     except (httpx.InvalidURL, UnicodeError, ValueError) as error:
-        raise ValueError(f"is not a URL: {error}") from error
+        # What comes behind a colon is a piece of the URL, and that may be a password.
+        raise ValueError(f"is not a URL: {str(error).partition(':')[0]}") from error
     if url.scheme not in ("http", "https"):
         raise ValueError("must begin with https://")
     if not host:
@@ -173,6 +176,12 @@ def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 def _inside(address: ipaddress.IPv4Address | ipaddress.IPv6Address | None, networks: Networks) -> bool:
     return address is not None and any(address in network for network in networks)
+
+
+def is_sensitive(header: str) -> bool:
+    """Whether the name of a custom header says that its value is nobody's business."""
+    name = header.lower()
+    return any(word in name for word in _SENSITIVE)
 
 
 def header_problem(name: str, value: str) -> str | None:

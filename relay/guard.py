@@ -6,6 +6,7 @@ The lists are the special-purpose registries of IANA and what clouds put beside 
 
 import asyncio
 import ipaddress
+import logging
 import math
 import os
 import socket
@@ -26,6 +27,7 @@ from aiohttp.connector import AddrInfoType, TCPConnector
 
 from relay.body import storable
 
+log = logging.getLogger(__name__)
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Question = tuple[str, socket.AddressFamily]
@@ -131,7 +133,9 @@ class GuardedResolver(AbstractResolver):
         found = await self._look_up((host, family))
         for _, address in found:
             if not self._guard.permits(address):
-                raise BlockedAddress(f"{host} leads to {address}, and connections there are not allowed")
+                # Where names inside lead is the operator's business, and who gave this one may be a stranger.
+                log.info("guard.refused", extra={"host": host, "address": address})
+                raise BlockedAddress(f"{host} leads to an address that connections are not allowed to")
         return [
             ResolveResult(
                 hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST
@@ -268,8 +272,8 @@ def cause(error: BaseException) -> BaseException:
     return error
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong, in a few words for people."""
+def reason(error: BaseException, clean: Callable[[str], str] = str) -> str:
+    """What went wrong, in a few words for people, which went through `clean` before they were cut short."""
     found = cause(error)
     if isinstance(found, ssl.SSLCertVerificationError):
         return found.verify_message
@@ -277,4 +281,4 @@ def reason(error: BaseException) -> str:
         return found.reason or str(found)
     if isinstance(found, OSError) and found.errno is not None and found.errno > 0:
         return os.strerror(found.errno)
-    return storable(str(found)[:300] or str(error)[:300] or type(error).__name__)
+    return storable(clean(str(found) or str(error) or type(error).__name__)[:300])

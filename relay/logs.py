@@ -1,23 +1,34 @@
-"""Logs: one wide line for what happened, JSON or for eyes."""
+"""Logs: one wide line for what happened, JSON or for eyes, without secrets."""
 
 import json
 import logging
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import TextIO
+
+log = logging.getLogger(__name__)
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 # These print URLs and headers of requests, and with them credentials, at lower levels.
-_TALKATIVE = ("httpx", "httpcore", "aiohttp", "apscheduler", "aiosqlite", "uvicorn")
+_TALKATIVE = ("httpx", "httpcore", "aiohttp", "apscheduler", "aiosqlite", "asyncpg")
 
 
 class WideFormatter(logging.Formatter):
-    """The event's name, then its fields as `key=value`, or all of it as one JSON object."""
+    """The event's name, then its fields as `key=value`, or all of it as one JSON object; the whole line has
+    gone through `clean`, tracebacks too."""
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, clean: Callable[[str], str]) -> None:
         super().__init__()
-        self._as_json = as_json
+        self._as_json, self._clean = as_json, clean
 
     def format(self, record: logging.LogRecord) -> str:
+        return self._clean(self._line(record))
+
+    def _line(self, record: logging.LogRecord) -> str:
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         fields = {
             name: value for name, value in vars(record).items() if name not in _STANDARD and value is not None
@@ -31,12 +42,34 @@ class WideFormatter(logging.Formatter):
         return f"{at} {record.levelname:<7} {record.getMessage()}{tail}" + (f"\n{trace}" if trace else "")
 
 
-def set_up(level: str) -> None:
-    """Logs go to standard error: for eyes on a terminal, as JSON elsewhere."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(WideFormatter(as_json=not sys.stderr.isatty()))
+class _Handler(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:
+        # The standard library's would print what could not be written.
+        with suppress(OSError, ValueError):
+            self.stream.write(f"a line of {record.name} could not be written\n")
+
+
+def set_up(level: str, clean: Callable[[str], str]) -> None:
+    """Logs go to standard error: for eyes on a terminal, as JSON elsewhere. So does whatever the program dies
+    of, and every warning of Python's. All of it goes through `clean`."""
+    handler = _Handler(sys.stderr)
+    handler.setFormatter(WideFormatter(as_json=not sys.stderr.isatty(), clean=clean))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    sys.excepthook = _died
+    threading.excepthook = lambda died: _died(
+        died.exc_type, died.exc_value or died.exc_type(), died.exc_traceback
+    )
+    sys.unraisablehook = lambda died: _died(
+        died.exc_type, died.exc_value or died.exc_type(), died.exc_traceback
+    )
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Whoever sends it nonsense would fill the log.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     # A tick that is skipped because the last one is still at it is no news.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
+
+
+def _died(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    log.critical("program.failed", exc_info=(kind, error, trace))

@@ -6,9 +6,10 @@ finds out within a minute, or sooner when it is asked about an account that it d
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from relay import account
+from relay.batch import Batch
 from relay.errors import ConfigError, RelayError
 from relay.providers import PROVIDERS, Account, load
 from relay.store import Store
@@ -21,7 +22,7 @@ READ_EVERY = 60_000
 
 class Roster(Mapping[str, Account]):
     """All accounts, by the names that Relay itself uses. `check` raises ConfigError for a base URL that must
-    not be used."""
+    not be used; `learn_secrets` is told what no log may hold."""
 
     def __init__(
         self,
@@ -29,13 +30,16 @@ class Roster(Mapping[str, Account]):
         store: Store,
         *,
         check: Callable[[str], None],
+        learn_secrets: Callable[..., None],
         now: Callable[[], int],
     ) -> None:
         self._configured, self._store, self._check, self._now = configured, store, check, now
+        self._learn_secrets = learn_secrets
         self._added: dict[str, Account] = {}
         self._versions: dict[str, int] = {}
         self._heard: set[str] = set()  # names whose accounts may be others by now
         self._reading = asyncio.Lock()
+        self._looks: Batch[str, None] = Batch(self._look)
         self._read_at = 0
 
     def __getitem__(self, name: str) -> Account:
@@ -96,10 +100,15 @@ class Roster(Mapping[str, Account]):
             self._read_at = self._now()
 
     async def look(self, names: Collection[str]) -> None:
-        """Reads these accounts as they are now."""
+        """Reads these accounts as they are now. Whoever names accounts that are not there, be it a stranger
+        at a callback URL, makes nobody wait for more than one read."""
+        await asyncio.gather(*map(self._looks, names))
+
+    async def _look(self, names: Sequence[str]) -> Sequence[None]:
         # One after the other: who reads later knows more.
         async with self._reading:
-            await self._read(names)
+            await self._read(set(names))
+        return [None] * len(names)
 
     async def _read(self, names: Collection[str]) -> None:
         found = {one.name: one for one in await self._store.credentials.get_many(names)}
@@ -116,6 +125,7 @@ class Roster(Mapping[str, Account]):
         if self._versions.get(name) == credential.updated_at:
             return
         self._versions[name] = credential.updated_at
+        self._learn_secrets(credential.api_key, *credential.webhook_secrets)
         try:
             self._added[name] = self._account(credential)
         except RelayError as error:

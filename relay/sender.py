@@ -19,6 +19,8 @@ USER_AGENT = f"Relay/{__version__}"
 _READ = 64 * 1024
 _ON_THE_WIRE = 512 * 1024
 _KEPT = 16 * 1024
+# Where a long answer is cut off, so much at most may be the beginning of a secret.
+_LONGEST_SECRET = 8 * 1024
 # A receiver that closes an idle connection while we reuse it costs an attempt: reuse only briefly.
 _KEEPALIVE = 4.0
 _JSON = "application/json"
@@ -67,8 +69,10 @@ class Sender:
     async def close(self) -> None:
         await self._session.close()
 
-    async def send(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
-        """The outcome of one POST. Raises nothing but cancellation."""
+    async def send(
+        self, url: str, body: bytes, headers: Mapping[str, str], *, clean: Callable[[str], str] = str
+    ) -> Answer:
+        """The outcome of one POST, in words that went through `clean`. Raises nothing but cancellation."""
         started_at = self._now()
         loop = asyncio.get_running_loop()
         begun = loop.time()
@@ -87,10 +91,10 @@ class Sender:
                 ) as response:
                     status = response.status
                     retry_after = parse_retry_after(response.headers.get("retry-after"), started_at)
-                    excerpt = await _excerpt(response)
+                    excerpt = await _excerpt(response, clean)
             code, message = _judge(status)
         except Exception as error:
-            code, message = _explain(error, self._timeout)
+            code, message = _explain(error, self._timeout, clean)
             if code is Code.BLOCKED_ADDRESS:
                 status = excerpt = None
         return Answer(
@@ -104,7 +108,7 @@ class Sender:
         )
 
 
-async def _excerpt(response: ClientResponse) -> str:
+async def _excerpt(response: ClientResponse, clean: Callable[[str], str]) -> str:
     """The beginning of the body, as text for people; what is left unread costs the connection."""
     read = bytearray()
     while len(read) < _READ:
@@ -112,10 +116,13 @@ async def _excerpt(response: ClientResponse) -> str:
         if not chunk:
             break
         read += chunk
+    if not read:
+        return ""
+    text = clean(read.decode("utf-8", "replace"))
     if not response.content.at_eof():
         response.close()
-    text = storable(bytes(read[:_KEPT]).decode("utf-8", "replace"))
-    return text.encode()[:_KEPT].decode("utf-8", "ignore")
+        text = text[:-_LONGEST_SECRET]
+    return storable(text[:_KEPT]).encode()[:_KEPT].decode("utf-8", "ignore")
 
 
 def _judge(status: int) -> tuple[Code | None, str | None]:
@@ -126,7 +133,7 @@ def _judge(status: int) -> tuple[Code | None, str | None]:
     return Code.HTTP_STATUS, f"the endpoint answered {status}"
 
 
-def _explain(error: Exception, timeout: int) -> tuple[Code, str]:
+def _explain(error: Exception, timeout: int, clean: Callable[[str], str]) -> tuple[Code, str]:
     if isinstance(cause(error), BlockedAddress):
         return Code.BLOCKED_ADDRESS, str(cause(error))
     if isinstance(error, aiohttp.InvalidURL):
@@ -134,4 +141,4 @@ def _explain(error: Exception, timeout: int) -> tuple[Code, str]:
     code = next((code for kind, code in _FAILURES if isinstance(error, kind)), Code.INTERNAL)
     if code is Code.TIMEOUT:
         return code, f"no whole answer within {timeout / 1000:g} s"
-    return code, reason(error)
+    return code, reason(error, clean)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from hypothesis import settings as hypothesis_settings
 
-from relay.app import build
+from relay.app import NEW_OBJECTS, build
 from relay.config import Settings, read_config
 from relay.simulator import Simulator
 from relay.store import open_database
@@ -201,11 +201,14 @@ def server(own_cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def tidy() -> Iterator[None]:
-    """For tests of how long something takes: what else this process holds is not looked through for garbage
-    again and again, as it is not in a relay."""
+    """For tests of how long something takes: garbage is looked for as seldom as in `relay serve`, and not in
+    what else this process holds."""
+    usual = gc.get_threshold()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(NEW_OBJECTS, *usual[1:])
     yield
+    gc.set_threshold(*usual)
     gc.unfreeze()
 
 

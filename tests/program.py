@@ -120,7 +120,14 @@ class Program:
         """Returns once it is ready."""
         with (self.directory / "log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "relay", "serve", "--config", self.directory / "config.yaml", stderr=log
+                sys.executable,
+                "-m",
+                "relay",
+                "serve",
+                "--config",
+                self.directory / "config.yaml",
+                stdout=log,
+                stderr=log,
             )
         async with asyncio.timeout(30), self.api() as api:
             while True:

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from tests.conftest import RunningRelay, World
+from tests.conftest import ADMIN_KEY, RunningRelay, World
 from tests.serving import Received
 
 URL = "https://hooks.example.com/relay"
@@ -180,6 +180,19 @@ async def test_a_patch_changes_what_it_names_and_nothing_else(world: World) -> N
     assert (await relay.api.get(path + "/secret")).json()["secret"] == created["secret"]
 
 
+@pytest.mark.parametrize("moved", ["https://b.test/", "https://a.test:8443/", "http://127.0.0.1/"])
+async def test_headers_stay_behind_when_the_url_moves_to_another_host_or_port(
+    world: World, moved: str
+) -> None:
+    relay = await world.relay()
+    old = "https://127.0.0.1/" if moved.startswith("http:") else "https://a.test/"
+    made = (await relay.api.post("/v1/endpoints", json={"url": old, "headers": {"x-a": "b"}})).json()
+    path = f"/v1/endpoints/{made['id']}"
+    same = await relay.api.patch(path, json={"url": old + "path"})
+    assert same.json()["headers"] == {"x-a": "b"}
+    assert (await relay.api.patch(path, json={"url": moved})).json()["headers"] == {}
+
+
 async def test_changes_at_the_same_time_do_not_undo_each_other(world: World) -> None:
     relay = await world.relay()
     path = f"/v1/endpoints/{(await world.endpoint(relay))['id']}"
@@ -345,3 +358,93 @@ async def test_what_is_pending_is_canceled_and_nothing_more_is_sent(
     await relay.eventually(f"/v1/deliveries/{delivery['id']}", lambda one: one["status"] == "delivered")
     await world.watch(relay, "luma", duration=0)
     await world.subscriber.got(3, path="/failing")
+
+
+SENSITIVE = {
+    "Authorization": "Bearer the-one",
+    "X-Api-Key": "the-two",
+    "x-auth": "the-three",
+    "X-Session-Token": "the-four",
+    "x-client-secret": "the-five",
+    "X-Password": "the-six",
+    "X-Hub-Signature": "the-seven",
+    "x-credentials": "the-eight",
+    "x-set-cookie": "the-nine",
+}
+PLAIN = {"X-Tenant": "7", "x-trace": "abc"}
+
+
+async def headers_at(world: World, relay: RunningRelay, endpoint_id: str) -> dict[str, str]:
+    """What is really sent to an endpoint, of all these."""
+    received = (await send_test(world, relay, endpoint_id)).headers
+    known = {name.lower() for name in SENSITIVE | PLAIN}
+    return {name: value for name, value in received.items() if name in known}
+
+
+async def test_values_of_sensitive_headers_are_sent_and_not_shown(world: World) -> None:
+    relay = await world.relay()
+    shown = {**dict.fromkeys(SENSITIVE, "[redacted]"), **PLAIN}
+    made = await world.endpoint(relay, headers={**SENSITIVE, **PLAIN})
+    path = f"/v1/endpoints/{made['id']}"
+    assert made["headers"] == shown
+    assert (await relay.api.get(path)).json()["headers"] == shown
+    assert (await relay.api.get("/v1/endpoints")).json()["data"][0]["headers"] == shown
+    answer = await relay.api.patch(path, json={"description": "orders"})
+    assert answer.json()["headers"] == shown
+    sent = await headers_at(world, relay, made["id"])
+    assert sent == {name.lower(): value for name, value in {**SENSITIVE, **PLAIN}.items()}
+
+
+async def test_what_was_shown_can_be_sent_back_and_keeps_what_is_there(world: World) -> None:
+    relay = await world.relay()
+    made = await world.endpoint(relay, headers={"X-Api-Key": "old-key", "x-auth": "old-auth", "x-trace": "a"})
+    path = f"/v1/endpoints/{made['id']}"
+    back = {"x-api-key": "[redacted]", "x-auth": "new-auth", "x-tenant": "7"}
+    answer = await relay.api.patch(path, json={"headers": back, "url": world.subscriber.origin + "/other"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["headers"] == {"x-api-key": "[redacted]", "x-auth": "[redacted]", "x-tenant": "7"}
+    sent = await headers_at(world, relay, made["id"])
+    assert sent == {"x-api-key": "old-key", "x-auth": "new-auth", "x-tenant": "7"}
+
+
+async def test_a_value_that_is_not_there_cannot_be_kept(world: World) -> None:
+    relay = await world.relay()
+    nothing = {"x-api-key": "[redacted]"}
+    answer = await relay.api.post("/v1/endpoints", json={"url": URL, "headers": nothing})
+    assert (answer.status_code, named(answer)) == (422, ["headers"])
+    made = await world.endpoint(relay, headers={"x-auth": "some-value"})
+    path = f"/v1/endpoints/{made['id']}"
+    for change in (
+        {"headers": nothing},
+        {"url": "https://other.example", "headers": {"x-auth": "[redacted]"}},
+    ):
+        answer = await relay.api.patch(path, json=change)
+        assert (answer.status_code, named(answer)) == (422, ["headers"])
+    assert await headers_at(world, relay, made["id"]) == {"x-auth": "some-value"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://user:the-password/x@host.example", "https://host.example:the-password/", "https://the\u2028x"],
+)
+async def test_a_url_that_is_none_is_not_repeated(world: World, url: str) -> None:
+    relay = await world.relay()
+    answer = await relay.api.post("/v1/endpoints", json={"url": url})
+    assert (answer.status_code, named(answer)) == (422, ["url"])
+    assert "the" not in answer.json()["errors"][0]["message"]
+
+
+async def test_a_refusal_does_not_repeat_a_secret_in_the_wrong_place(world: World) -> None:
+    relay = await world.relay()
+    secret = "whsec_" + "QUJDRUZH" * 4
+    for body in (
+        {"url": URL, secret: 1},
+        {"url": URL, "accounts": [secret]},
+        {"url": URL, "accounts": [ADMIN_KEY]},
+    ):
+        answer = await relay.api.post("/v1/endpoints", json=body)
+        assert answer.status_code == 422
+        assert "[redacted]" in answer.text
+        assert "QUJD" not in answer.text and ADMIN_KEY not in answer.text
+    answer = await relay.api.get(f"/v1/endpoints/{secret}")
+    assert (answer.status_code, answer.json()["detail"]) == (404, "no endpoint whsec_[redacted]")

@@ -7,15 +7,19 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from relay.app import build
 from relay.config import read_config
-from relay.key import Scope, new_key
+from relay.errors import StoreError
+from relay.key import Scope, hash_of, new_key
 from relay.times import rfc3339
+from relay.web.auth import Gate
 from tests.conftest import ADMIN_KEY, Clock, RunningRelay, World
 from tests.fleet import Fleet
 from tests.serving import serving
 from tests.test_api_rules import at, example, fields, operations
+from tests.test_store import a_key, prepared
 
 USUAL = {"scopes": ["read", "write"]}
 ALONE = [scope.value for scope in Scope]
@@ -248,6 +252,61 @@ async def test_every_operation_needs_the_scope_that_it_should(world: World) -> N
         assert scope != "read" or (name.startswith("GET ") and "secret" not in name), name
 
 
+async def test_values_of_headers_are_for_admins_and_who_sends_back_what_stands_for_them_keeps_them(
+    world: World,
+) -> None:
+    relay = await world.relay()
+    url = world.subscriber.origin + "/"
+    headers = {"authorization": "Bearer sesame", "x-team": "tulips"}
+    made = await world.endpoint(relay, headers=headers)
+    path = f"/v1/endpoints/{made['id']}"
+    shown = (await relay.api.get(path)).json()["headers"]
+    assert shown == {"authorization": "[redacted]", "x-team": "tulips"}
+    reader, writer = await world.member(relay, "read"), await world.member(relay, "write")
+    answers = [
+        await reader.get(path),
+        await reader.get("/v1/endpoints"),
+        await writer.patch(path, json={"description": "a"}),
+        await writer.post(path + "/disable"),
+        await writer.post(path + "/enable"),
+        await writer.post("/v1/endpoints", json={"url": url, "headers": headers}),
+    ]
+    for answer in answers:
+        assert answer.is_success
+        assert "sesame" not in answer.text and "tulips" not in answer.text
+        assert "authorization" in answer.text
+    back = await writer.patch(path, json={"headers": answers[0].json()["headers"]})
+    assert back.status_code == 200
+    assert (await relay.api.get(path)).json()["headers"] == shown
+    await relay.api.post(path + "/test")
+    [received] = await world.subscriber.got(1)
+    assert (received.headers["authorization"], received.headers["x-team"]) == ("Bearer sesame", "tulips")
+
+
+async def test_a_rotated_secret_is_not_shown_again_to_who_made_the_endpoint(
+    database_url: str, world: World
+) -> None:
+    relay = await world.relay(database=database_url)
+    writer = await world.member(relay, "write")
+
+    async def make(api: httpx.AsyncClient) -> dict[str, Any]:
+        body, key = {"url": world.subscriber.origin + "/"}, {"idempotency-key": "k"}
+        answer = await api.post("/v1/endpoints", json=body, headers=key)
+        assert answer.status_code == 201
+        return dict(answer.json())
+
+    first = await make(writer)
+    assert await make(writer) == first
+    path = f"/v1/endpoints/{first['id']}"
+    assert (await relay.api.post(path + "/secret/rotate")).status_code == 200
+    new = (await relay.api.get(path + "/secret")).json()["secret"]
+    world.clock.forward(seconds=0.002)
+    before = (await relay.api.get("/v1/audit")).json()["data"]
+    assert ((await make(writer))["id"], (await make(writer))["secret"]) == (first["id"], None)
+    assert (await relay.api.get("/v1/audit")).json()["data"] == before
+    assert (await make(relay.api))["secret"] == new
+
+
 async def test_several_scopes_allow_what_each_allows(world: World) -> None:
     relay = await world.relay()
     member = await world.member(relay, "read", "replay")
@@ -280,7 +339,9 @@ async def test_a_key_may_be_used_so_often_as_its_limit_says(world: World) -> Non
     assert refused.status_code == 429
     assert 0 < int(refused.headers["retry-after"]) <= 100
     assert "0.01 times a second" in refused.json()["detail"]
-    # Also what it may not do at all, and nobody else's requests.
+    # Also what it may not do at all, and nobody else's requests, not those of a key that is like it.
+    alike = await world.member(relay, "read", rate_limit=0.01)
+    assert (await alike.get("/v1/endpoints")).status_code == 200
     assert (await limited.get("/v1/keys")).status_code == 429
     assert (await other.get("/v1/endpoints")).status_code == 200
     statuses = [(await fast.get("/v1/endpoints")).status_code for _ in range(5)]
@@ -360,6 +421,35 @@ async def test_when_keys_were_used_is_written_down_at_the_stop_and_never_goes_ba
         assert (await relay.api.get("/v1/endpoints", headers=bearer(used["key"]))).status_code == 200
     async with world.running(database=database_url) as relay:
         assert await last_used(relay, used, unused) == [at, None]
+
+
+async def test_when_keys_were_used_is_kept_while_it_cannot_be_written_down(
+    database_url: str, clock: Clock
+) -> None:
+    async with prepared(database_url) as store:
+        gate = Gate(store.keys, None, now=clock)
+        texts = [new_key(clock()) for _ in range(2)]
+        for id_, text in texts:
+            await store.keys.create(a_key(id=id_, hash=hash_of(text)))
+
+        async def rename(before: str, after: str) -> None:
+            async with store.database.write() as tx:
+                await tx.execute(f"ALTER TABLE {before} RENAME TO {after}")
+
+        await gate.admit(carrying(texts[0][1]))
+        await rename("keys", "lost")
+        for _ in range(2):
+            with pytest.raises(StoreError):
+                await gate.write_down()
+        await rename("lost", "keys")
+        await gate.admit(carrying(texts[1][1]))
+        await gate.write_down()
+        assert None not in [key.last_used_at for key in await store.keys.all(None)]
+
+
+def carrying(key: str) -> Request:
+    headers = [(b"authorization", f"Bearer {key}".encode())]
+    return Request({"type": "http", "headers": headers, "client": ("203.0.113.5", 443)})
 
 
 async def last_used(relay: RunningRelay, *keys: dict[str, Any]) -> Sequence[str | None]:

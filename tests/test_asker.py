@@ -2,7 +2,10 @@
 
 import ipaddress
 import time
+from base64 import b64encode
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from urllib.parse import quote
 
 import pytest
 from starlette.applications import Starlette
@@ -32,8 +35,8 @@ async def echo(request: Request) -> Response:
     return JSONResponse({"status": "failed", "error": said, "message": f"bad key {said}"})
 
 
-async def ask(provider: Provider):
-    async with serving(Starlette(routes=[Route("/{path:path}", echo)])) as origin:
+async def ask(provider: Provider, answer: Callable[[Request], Awaitable[Response]] = echo):
+    async with serving(Starlette(routes=[Route("/{path:path}", answer)])) as origin:
         guard = Guard([ipaddress.ip_network("127.0.0.0/8")])
         asker = Asker.open(guard, capability="https://r/hooks/", now=lambda: time.time_ns() // 1_000_000)
         try:
@@ -48,6 +51,27 @@ async def test_an_echoed_credential_is_blotted_out_of_every_part_of_the_problem(
     assert update.error is not None
     assert KEY not in repr(update)
     assert update.error.message == "bad key [redacted]"
+
+
+async def test_an_echoed_credential_is_blotted_out_wherever_the_answer_has_words():
+    async def answer(request: Request) -> Response:
+        said = request.headers["authorization"].removeprefix("Bearer ")
+        return JSONResponse(
+            {
+                "status": "completed",
+                "model": said,
+                "output_urls": [
+                    f"https://cdn.test/1.png?key={quote(said, safe='')}",
+                    f"https://cdn.test/{said}",
+                ],
+                "headers": {said: [f"Bearer {said}", b64encode(f"me:{said}".encode()).decode()]},
+            }
+        )
+
+    update = await ask(Vivix(), answer)
+    assert len(update.outputs) == 2
+    assert update.model == "[redacted]"
+    assert not [piece for piece in (KEY, quote(KEY, safe=""), "bGl2ZV9h") if piece in repr(update)]
 
 
 async def test_a_mistake_in_a_provider_file_is_an_unreadable_answer_without_the_credential():

@@ -134,6 +134,20 @@ async def test_a_key_that_is_revoked_twice_is_on_record_once(database_url: str, 
     assert len(await audited(relay.api, action="key.revoked")) == 1
 
 
+async def test_what_is_so_already_is_not_on_record_again(database_url: str, world: World) -> None:
+    relay = await world.relay(database=database_url)
+    made = await world.endpoint(relay)
+    await relay.api.post("/v1/accounts", json={"name": "studio", "provider": "luma", "api_key": KEY})
+    path = f"/v1/endpoints/{made['id']}"
+    for verb in ("enable", "disable", "disable", "enable", "enable"):
+        world.clock.forward(seconds=0.002)
+        assert (await relay.api.post(f"{path}/{verb}")).status_code == 200
+    for url in (path, "/v1/accounts/studio"):
+        assert (await relay.api.patch(url, json={})).status_code == 200
+    log = [one["action"].split(".")[1] for one in await audited(relay.api)]
+    assert log == ["created", "created", "disabled", "enabled"]
+
+
 async def test_a_repeated_creation_is_on_record_as_showing_the_secret_again(
     database_url: str, world: World
 ) -> None:

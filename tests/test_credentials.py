@@ -1,5 +1,6 @@
 """Accounts that tenants have added, at rest, on both databases."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from relay.errors import Conflict, Invalid
+from relay.roster import Roster
 from relay.store import Store
 from relay.store.credentials import MOST, Credential
 from relay.store.idempotency import Idempotency
@@ -97,3 +99,23 @@ async def test_an_account_is_deleted_with_its_standing_but_not_while_it_is_neede
     await store.accounts.take([name], holder="rly", now=NOW)
     await store.credentials.create(a_credential(), None)
     assert set(await store.accounts.kept()) == {"luma"}
+
+
+async def test_however_many_unknown_names_are_sought_at_once_the_database_is_asked_few_times(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """A stranger may make them up, at callback URLs."""
+    reads, get_many = 0, store.credentials.get_many
+
+    async def counted(names: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return await get_many(names)
+
+    monkeypatch.setattr(store.credentials, "get_many", counted)
+    roster = Roster({}, store, check=lambda url: None, now=lambda: NOW)
+    await store.credentials.create(a_credential(), None)
+    names = [f"somebody.name-{number}" for number in range(300)]
+    found = await asyncio.gather(*map(roster.seek, [*names, f"{TENANT}.luma"]))
+    assert [one.name for one in found if one is not None] == [f"{TENANT}.luma"]
+    assert reads <= 3

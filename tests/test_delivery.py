@@ -13,7 +13,8 @@ NOW = 1_700_000_000_000
 DAY = 86_400_000
 SCHEDULE = [parse_duration(text) for text in ["5s", "5m", "30m", "2h", "5h", "10h", "14h", "20h", "24h"]]
 CLAIMED = Claimed(
-    id="dlv_1", event_id="evt_1", event_type="generation.completed", endpoint_id="ep_1", url="https://a.test/",
+    id="dlv_1", event_id="evt_1", event_type="generation.completed", endpoint_id="ep_1",
+    destination="ep_1", url="https://a.test/",
     secrets=("s",), body=b"{}", attempts=0, run_attempts=0, trigger=Trigger.SCHEDULED, lease="l",
     lease_until=NOW + 60_000,
 )  # fmt: skip

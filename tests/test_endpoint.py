@@ -216,3 +216,10 @@ def test_what_is_not_a_header_name_is_refused(name):
 )
 def test_what_is_not_a_visible_header_value_is_refused(value):
     assert header_problem("X-A", value)
+
+
+def test_no_secret_and_no_header_is_in_what_is_written_of_an_endpoint():
+    secret = Secret("whsec_hidden", "whsk_hidden")
+    text = repr(replace(ENDPOINT, secrets=(secret,), headers={"x-token": "hidden"}))
+    assert "ep_1" in text
+    assert "hidden" not in text

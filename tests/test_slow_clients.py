@@ -26,6 +26,7 @@ from tests.program import THOROUGH, Program
 from tests.serving import listener, origin_of, serving
 
 DEADLINE = 0.5
+SOON = 5  # seconds that a machine with much else to do may be late
 LARGE = 64 * 1024 * 1024
 GET = b"GET / HTTP/1.1\r\nhost: relay\r\n"
 
@@ -116,7 +117,7 @@ async def origin() -> AsyncIterator[str]:
 
 async def test_a_connection_that_says_nothing_is_closed(origin: str) -> None:
     async with Client.to(origin) as client:
-        assert DEADLINE <= await client.closed() < DEADLINE + 2
+        assert DEADLINE <= await client.closed() < DEADLINE + SOON
 
 
 @pytest.mark.parametrize("head", [GET, b"\r\n", b"x-more: and more\r\n"], ids=["head", "lines", "nonsense"])
@@ -126,14 +127,14 @@ async def test_a_head_that_drips_is_cut_off(origin: str, head: bytes) -> None:
             await client.send(GET)
         async with asyncio.TaskGroup() as group:
             group.create_task(client.drip(head))
-            assert await client.closed() < DEADLINE + 2
+            assert await client.closed() < DEADLINE + SOON
 
 
 async def test_a_head_that_is_slow_but_in_time_is_answered(origin: str) -> None:
     async with Client.to(origin) as client:
         for piece in (GET[:5], GET[5:20], GET[20:], b"\r\n"):
             await client.send(piece)
-            await asyncio.sleep(DEADLINE / 10)
+            await asyncio.sleep(DEADLINE / 50)
         assert await client.answer() == (200, b"hello")
 
 
@@ -146,7 +147,7 @@ async def test_so_is_the_second_head_of_a_connection(origin: str, head: bytes) -
         client.begun = time.monotonic()
         async with asyncio.TaskGroup() as group:
             group.create_task(client.drip(head))
-            assert await client.closed() < DEADLINE + 2
+            assert await client.closed() < DEADLINE + SOON
 
 
 async def test_a_connection_that_is_used_stays_open_for_longer_than_the_deadline(origin: str) -> None:
@@ -169,7 +170,7 @@ async def test_what_comes_before_a_head_that_never_ends_is_still_answered(origin
     async with Client.to(origin) as client:
         await client.send(b"GET /late HTTP/1.1\r\nhost: relay\r\n\r\n" + GET)
         assert await client.answer() == (200, b"late")
-        assert await client.closed() < 3 * DEADLINE + 2
+        assert await client.closed() < 3 * DEADLINE + SOON
 
 
 @pytest.mark.parametrize("target", [b"/", b"/nowhere"], ids=["wrong method", "unknown path"])
@@ -181,7 +182,7 @@ async def test_the_body_of_a_request_that_is_answered_already_is_not_waited_for(
         assert (await client.answer())[0] in (404, 405)
         async with asyncio.TaskGroup() as group:
             group.create_task(client.drip(b"{}"))
-            assert await client.closed() < DEADLINE + 2
+            assert await client.closed() < DEADLINE + SOON
 
 
 async def test_who_takes_nothing_of_an_answer_is_cut_off(origin: str) -> None:
@@ -265,7 +266,7 @@ async def test_requests_on_one_connection_do_not_pile_up(origin: str) -> None:
         assert [(await client.answer())[0] for _ in range(MOST_PIPELINED)] == [200] * MOST_PIPELINED
     async with Client.to(origin) as client:
         await client.send((GET + b"\r\n") * 5000)
-        assert await client.closed() < DEADLINE + 2
+        assert await client.closed() < DEADLINE + SOON
 
 
 async def test_what_is_not_http_is_refused_as_a_problem(origin: str) -> None:
@@ -273,7 +274,7 @@ async def test_what_is_not_http_is_refused_as_a_problem(origin: str) -> None:
         await client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 is how TLS begins\r\n\r\n")
         status, body = await client.answer()
         assert (status, b"malformed-request" in body) == (400, True)
-        assert await client.closed() < DEADLINE + 2
+        assert await client.closed() < DEADLINE + SOON
 
 
 FORWARDED = {"x-forwarded-for": "203.0.113.7, 198.51.100.1", "x-forwarded-proto": "https"}
@@ -342,7 +343,7 @@ async def test_a_body_that_drips_keeps_no_connection_of_the_relay(
             group.create_task(client.drip(b" "))
             status, _ = await client.answer()
             assert status == expected
-            assert await client.closed() < 2 * DEADLINE + 2
+            assert await client.closed() < 2 * DEADLINE + SOON
 
 
 async def test_the_body_of_a_get_is_not_waited_for_either(
@@ -353,7 +354,7 @@ async def test_the_body_of_a_get_is_not_waited_for_either(
         async with asyncio.TaskGroup() as group:
             group.create_task(client.drip(b" ", pause=DEADLINE))
             assert (await client.answer())[0] == 400
-            assert await client.closed() < 2 * DEADLINE + 2
+            assert await client.closed() < 2 * DEADLINE + SOON
 
 
 @pytest.mark.timeout(120)
@@ -376,7 +377,7 @@ async def test_slow_clients_stop_nobody_from_publishing(
         disturbed = await publish(api, dripping.done, [])
         took = [await client.closed() for client in slow]
         await dripping
-        assert max(took) < 2 * deadline + 2 + count / 200
+        assert max(took) < 2 * deadline + SOON + count / 200
     print(
         f"{count} slow clients: {len(disturbed)} published meanwhile, p99"
         f" {quantiles(disturbed, n=100)[98] * 1000:.0f} ms"

@@ -585,8 +585,8 @@ async def test_a_rotated_secret_leaves_those_before_it_valid_for_a_while_and_no_
     assert await store.endpoints.get(TENANT, made.id) == replace(
         made,
         secrets=(
-            Secret("whsec_3"),
-            Secret("whsec_2", expires_at=NOW + 30),
+            Secret("whsec_3", is_rotated=True),
+            Secret("whsec_2", expires_at=NOW + 30, is_rotated=True),
             Secret("whsec_1", expires_at=NOW + 20),
         ),
         updated_at=NOW + 3,
@@ -609,7 +609,7 @@ async def test_disabling_leaves_what_is_on_its_way_to_others_and_what_has_ended(
     assert found == [
         {"destination": one.endpoint_id, "status": "canceled"},
         {"destination": one.endpoint_id, "status": "delivered"},
-        {"destination": "callback:callback.test", "status": "pending"},
+        {"destination": "callback:default:callback.test", "status": "pending"},
         {"destination": other.id, "status": "pending"},
     ]
 
@@ -1117,7 +1117,7 @@ async def test_who_takes_a_delivery_is_told_where_it_goes_and_how_large_it_is(st
 
     handoff = Handoff("lease", NOW + SECOND, takes)
     [fact], [taken] = await store.events.record([change_of(made)], [], handoff, now=NOW)
-    destinations = [first.id, second.id, "callback:callback.test:8443"]
+    destinations = [first.id, second.id, "callback:default:callback.test:8443"]
     assert told == [(name, len(fact.body)) for name in destinations]
     assert (taken.endpoint_id, taken.destination) == (second.id, second.id)
 
@@ -1264,11 +1264,11 @@ async def test_destinations_are_walked_in_order_and_say_whether_something_is_due
     await announced(store, await watched(store, "2", callback_url="https://callback.test/2"))
     for one in await claimed_deliveries(store):
         status = Status.DELIVERED if one.endpoint_id == done.id else Status.PENDING
-        if one.destination in (due.id, "callback:callback.test"):
+        if one.destination in (due.id, "callback:default:callback.test"):
             await store.deliveries.release([one], now=NOW)
         elif one.endpoint_id != sending.id:
             await store.deliveries.settle([settlement(one, status)], now=NOW)
-    whole = [("callback:callback.test", True), (due.id, True), (later.id, False), (sending.id, False)]
+    whole = [("callback:default:callback.test", True), (due.id, True), (later.id, False), (sending.id, False)]
     walk = store.deliveries.destinations
     assert await walk(now=NOW, after="", limit=9) == whole
     assert await walk(now=NOW, after="", limit=2) == whole[:2]

@@ -4,11 +4,13 @@ What is tried is read from the OpenAPI document, so that an operation that is ad
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from relay.key import Scope
@@ -187,10 +189,11 @@ async def test_names_of_one_tenant_are_free_for_the_other(database_url: str, wor
     assert [(await who.post("/v1/accounts", json=studio)).status_code for who in (one, other)] == [201] * 2
     for path, body in bodies:
         key = {"idempotency-key": "the same"} if path == "/v1/endpoints" else {"idempotency-key": path}
-        answers = [await who.post(path, json=body, headers=key) for who in (one, other, one)]
-        assert [answer.status_code for answer in answers] == [201] * 3, path
+        answers = [await who.post(path, json=body, headers=key) for who in (one, other, one, other)]
+        assert [answer.status_code for answer in answers] == [201] * 4, path
         ids = [answer.json()["id"] for answer in answers]
-        assert ids[0] == ids[2] != ids[1], path
+        assert ids[:2] == ids[2:], path
+        assert ids[0] != ids[1], path
     # A different request under the same key of another tenant is no contradiction either.
     third = await world.member(relay, *SCOPES, tenant="third")
     answer = await third.post("/v1/events", json=bodies[2][1], headers={"idempotency-key": "the same"})
@@ -285,3 +288,39 @@ async def test_a_tenants_secret_is_its_own_from_its_first_key_on(world: World) -
     ]
     assert secrets[:3] == secrets[3:]
     assert len(set(secrets)) == 3
+
+
+async def test_a_neighbours_callback_url_at_the_same_host_slows_nobody_else(
+    database_url: str, world: World
+) -> None:
+    relay = await world.relay(database=database_url, accounts=shared(world))
+    ours, theirs = [await world.member(relay, *SCOPES, tenant=name) for name in ("ours", "theirs")]
+    world.subscriber.answer(429, path="/theirs", headers={"retry-after": "86400"})
+
+    async def end(api: httpx.AsyncClient, path: str) -> None:
+        job = world.simulator.submit("luma", duration=0)
+        body = {"account": "luma", "job_id": job, "callback_url": world.subscriber.origin + path}
+        assert (await api.post("/v1/generations", json=body)).status_code == 201
+        await world.subscriber.got(1, path=path)
+
+    await end(theirs, "/theirs")
+    attempted = RunningRelay(relay.origin, relay.settings, theirs, relay.clock)
+    await attempted.eventually("/v1/deliveries", lambda page: page["data"][0]["attempt_count"] == 1)
+    await end(ours, "/ours")
+
+
+async def test_where_a_name_inside_leads_is_told_to_nobody_but_the_operator(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "relay.guard")
+    relay = await world.relay(network={"allow_http": True})
+    theirs = await world.member(relay, *SCOPES, tenant="theirs")
+    made = (await theirs.post("/v1/endpoints", json={"url": "http://localhost:9/"})).json()
+    sent = (await theirs.post(f"/v1/endpoints/{made['id']}/test")).json()
+    found = RunningRelay(relay.origin, relay.settings, theirs, relay.clock)
+    path = f"/v1/deliveries/{sent['id']}"
+    [attempt] = (await found.eventually(path, lambda one: one["status"] == "failed"))["attempts"]
+    assert attempt["error"]["code"] == "blocked_address"
+    assert "localhost" in attempt["error"]["message"]
+    assert not re.search(r"127\.|::1", json.dumps(attempt))
+    assert [one.host for one in caplog.records if one.message == "guard.refused"] == ["localhost"]

@@ -218,7 +218,7 @@ def understand(provider: Provider, reply: Reply, *, now: int) -> Update:
         return missing(answer, message or f"{provider.name} has no such job for this account", code)
     retry_after = parse_retry_after(reply.headers.get("retry-after"), now)
     said = f"{provider.name} answered {reply.status}"
-    said += "".join(f": {word[:200]}" for word in (code, message) if word)
+    said += "".join(f": {word}" for word in (code, message) if word)
     # What answers 4xx in JSON is no gateway: the provider is there and refuses this one question.
     usual = "refused" if 400 <= reply.status <= 499 and isinstance(answer, dict) and answer else "unavailable"
     code = {401: "unauthorized", 403: "blocked", 408: "unavailable", 429: "rate_limited"}.get(

@@ -281,7 +281,7 @@ _RELEASE = """
     WHERE id = :id AND lease = :lease
 """
 _LOAD_CLAIMED = """
-    SELECT d.id, d.tenant, d.event_id, e.type AS event_type, d.endpoint_id,
+    SELECT d.id, d.tenant, d.event_id, e.type AS event_type, d.endpoint_id, d.destination,
         COALESCE(p.url, d.callback_url) AS url, p.secrets, p.headers, p.rate_limit, t.signing_secret,
         e.body, e.expires_at, d.attempts, d.run_attempts, d.next_trigger, d.lease, d.due_at AS lease_until
     FROM deliveries d
@@ -434,6 +434,7 @@ def _claimed(keyring: KeyRing, row: Row, now: int) -> Claimed:
         event_id=row["event_id"],
         event_type=row["event_type"],
         endpoint_id=endpoint_id,
+        destination=row["destination"],
         url=row["url"],
         secrets=secrets,
         headers=headers,

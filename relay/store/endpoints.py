@@ -145,6 +145,7 @@ class Endpoints:
                 SET disabled_at = NULL, disabled_reason = NULL, failing_since = NULL, failing_event = NULL,
                     updated_at = :now
                 WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
+                    AND (disabled_at IS NOT NULL OR failing_since IS NOT NULL)
                 """,
                 id=endpoint_id,
                 tenant=tenant,
@@ -159,9 +160,9 @@ class Endpoints:
         """Its open deliveries become canceled, and may be replayed once it is enabled again."""
         async with self._db.write() as tx:
             if await self._get(tx, tenant, endpoint_id) is not None:
-                await disable(tx, [endpoint_id], reason=reason, now=now)
+                disabled = await disable(tx, [endpoint_id], reason=reason, now=now)
                 await cancel_open(tx, [endpoint_id], now=now)
-                await note(tx, entry)
+                await note(tx, entry if disabled else None)
 
     @repeated
     async def delete(self, tenant: str, endpoint_id: str, *, now: int, entry: Entry | None = None) -> None:

@@ -407,7 +407,7 @@ def _mark(change: Change) -> str | None:
 def _delivery(
     event: Event, endpoint_id: str | None, callback_url: str | None, handoff: Handoff, *, now: int
 ) -> dict[str, Any]:
-    where_to = destination(endpoint_id, callback_url)
+    where_to = destination(event.tenant, endpoint_id, callback_url)
     handed_over = handoff.takes(where_to, len(event.body))
     return {
         "id": new_id("dlv", now),
@@ -445,6 +445,7 @@ def _claimed(
                 event_id=event.id,
                 event_type=event.type,
                 endpoint_id=row["endpoint_id"],
+                destination=row["destination"],
                 url=endpoint.url if endpoint else row["callback_url"],
                 secrets=endpoint.signing(now) if endpoint else (signing,) if signing else (),
                 headers=endpoint.headers if endpoint else {},

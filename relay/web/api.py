@@ -19,6 +19,7 @@ from relay.ids import new_id
 from relay.key import Key, Scope, hash_of, new_key
 from relay.limit import Limit
 from relay.providers import Account, load
+from relay.redact import BLOT
 from relay.store.credentials import Credential
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Publication
@@ -56,7 +57,7 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         description=body.description,
         event_types=body.event_types or (),
         accounts=await _known_accounts(call, body.accounts),
-        headers=body.headers or {},
+        headers=_headers(body.headers or {}, {}),
         rate_limit=body.rate_limit,
         metadata=body.metadata or {},
     )
@@ -66,29 +67,34 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         raise Conflict("what this Idempotency-Key created is gone")
     if not created.secrets:
         raise Conflict(_BROKEN)
-    if created.id != endpoint.id:
+    shown = r.EndpointWithSecret.of(created, to_admin=call.caller.is_admin)
+    if created.id != endpoint.id and shown.secret is not None:
         await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", created.id))
-    return Result(201, r.EndpointWithSecret.of(created))
+    return Result(201, shown)
 
 
 async def list_endpoints(call: Call[None, r.PageQuery]) -> Result:
     found = await call.relay.store.endpoints.page(
         call.tenant, limit=call.query.limit + 1, cursor=call.query.cursor
     )
-    return _page(found, call.query, r.EndpointResource.of)
+    return _page(found, call.query, lambda one: r.EndpointResource.of(one, to_admin=call.caller.is_admin))
 
 
 async def get_endpoint(call: Call[Any, None]) -> Result:
-    return Result(200, r.EndpointResource.of(await _endpoint(call)))
+    return Result(200, r.EndpointResource.of(await _endpoint(call), to_admin=call.caller.is_admin))
 
 
 async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
     endpoint, given = await _endpoint(call), call.body.model_dump(exclude_unset=True)
+    kept = endpoint.headers
     if "url" in given:
         given["url"] = _url(call.relay, "url", given["url"])
         # Headers may hold a secret of the old host: they do not follow to another one.
-        if "headers" not in given and httpx.URL(given["url"]).host != httpx.URL(endpoint.url).host:
-            given["headers"] = {}
+        if _origin(given["url"]) != _origin(endpoint.url):
+            kept = {}
+            given.setdefault("headers", {})
+    if given.get("headers"):
+        given["headers"] = _headers(given["headers"], kept)
     if "accounts" in given:
         given["accounts"] = await _known_accounts(call, given["accounts"])
     given |= {name: [] for name in ("event_types", "accounts") if name in given and not given[name]}
@@ -98,12 +104,12 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
         endpoint.id,
         given,
         now=call.relay.now(),
-        entry=call.entry("endpoint.changed", endpoint.id, fields=list(given)),
+        entry=call.entry("endpoint.changed", endpoint.id, fields=list(given)) if given else None,
     )
     if changed is None:
         raise NotFound(f"no endpoint {endpoint.id}")
     call.relay.deliverer.changed(endpoint.id)
-    return Result(200, r.EndpointResource.of(changed))
+    return Result(200, r.EndpointResource.of(changed, to_admin=call.caller.is_admin))
 
 
 async def delete_endpoint(call: Call[None, None]) -> Result:
@@ -380,7 +386,8 @@ async def change_account(call: Call[r.AccountChange, None]) -> Result:
             raise Invalid(FieldError("api_key", problem))
         return after
 
-    entry = call.entry("account.changed", call.path["name"], fields=sorted(call.body.model_fields_set))
+    given = sorted(call.body.model_fields_set)
+    entry = call.entry("account.changed", call.path["name"], fields=given) if given else None
     is_there = await relay.store.credentials.change(name, changed, now=relay.now(), entry=entry)
     found = await _changed_account(relay, name) if is_there else None
     if found is None:
@@ -486,6 +493,15 @@ def _url(relay: Relay, field: str, url: str) -> str:
         raise Invalid(FieldError(field, str(error))) from error
 
 
+def _headers(given: Mapping[str, str], kept: Mapping[str, str]) -> Mapping[str, str]:
+    """The custom headers that are meant, where callers send back what they were shown."""
+    known = {name.lower(): value for name, value in kept.items()}
+    for name, value in given.items():
+        if value == BLOT and name.lower() not in known:
+            raise Invalid(FieldError("headers", f"{name!r} has no value yet that could be kept: send it"))
+    return {name: known[name.lower()] if value == BLOT else value for name, value in given.items()}
+
+
 async def _known_accounts(call: Call[Any, Any], names: Sequence[str] | None) -> Sequence[str]:
     for name in names or ():
         if await call.relay.accounts.find(call.tenant, name) is None:
@@ -534,7 +550,11 @@ def _settings(relay: Relay, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _host(credential: Credential) -> tuple[str, str, int | None]:
-    url = httpx.URL(credential.base_url or load(credential.provider).base_url)
+    return _origin(credential.base_url or load(credential.provider).base_url)
+
+
+def _origin(text: str) -> tuple[str, str, int | None]:
+    url = httpx.URL(text)
     return url.scheme, url.host, url.port
 
 

@@ -29,9 +29,13 @@ class Caller:
     scopes: Collection[Scope]
     address: str | None
 
+    @property
+    def is_admin(self) -> bool:
+        return Scope.ADMIN in self.scopes
+
     def need(self, scope: Scope) -> None:
         """Raises Forbidden unless the key has this scope, or all of them."""
-        if scope not in self.scopes and Scope.ADMIN not in self.scopes:
+        if scope not in self.scopes and not self.is_admin:
             has = ", ".join(self.scopes)
             raise Forbidden(f"this needs an API key with the scope {scope}; yours has {has}")
 

@@ -14,6 +14,7 @@ from relay.hold import Holder
 from relay.ingest import Ingest
 from relay.limit import Limit
 from relay.poll import Poller
+from relay.redact import Redactor
 from relay.roster import Roster
 from relay.shard import Held
 from relay.store import Store
@@ -24,7 +25,7 @@ from relay.web.auth import Gate
 @dataclass(frozen=True, slots=True)
 class Relay:
     """A running relay. `watch` and `hint` return when the group they were written in is durable. Tests are
-    limited for each endpoint, replays for each tenant."""
+    limited for each endpoint, replays for each tenant. Logs and refusals go through `redactor`."""
 
     settings: Settings
     store: Store
@@ -40,6 +41,7 @@ class Relay:
     gate: Gate
     test_limit: Limit
     replay_limit: Limit
+    redactor: Redactor
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]
     now: Callable[[], int]

@@ -39,13 +39,15 @@ def problem(
 async def refused(request: Request, error: Exception) -> Response:
     """For Refused: what the caller did wrong."""
     assert isinstance(error, Refused)  # noqa: S101 # registered for this class only
+    # Some repeat what was wrong, and that may be a secret in the wrong place.
+    clean = request.scope["state"]["relay"].redactor
     errors = None
     if isinstance(error, Invalid):
-        errors = [{"field": one.field, "message": one.message} for one in error.errors]
+        errors = [{"field": clean(one.field), "message": clean(one.message)} for one in error.errors]
     headers = {"www-authenticate": "Bearer"} if isinstance(error, Unauthorized) else None
     if isinstance(error, Limited):
         headers = {"retry-after": str(math.ceil(error.retry_after / 1000))}
-    return problem(error.status, error.title, str(error), errors=errors, headers=headers)
+    return problem(error.status, error.title, clean(str(error)), errors=errors, headers=headers)
 
 
 async def not_stored(request: Request, error: Exception) -> Response:

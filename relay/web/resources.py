@@ -17,6 +17,7 @@ from relay import account, delivery, endpoint, event, generation
 from relay.body import compact
 from relay.key import NAME_OF_TENANT, Key, Scope
 from relay.providers import PROVIDERS
+from relay.redact import BLOT
 from relay.signature import secret_key
 from relay.store.audit import Noted
 from relay.times import parse_rfc3339, rfc3339
@@ -201,7 +202,9 @@ class EndpointChange(Request):
     description: str | None = Field(default=None, max_length=1000)
     event_types: Annotated[list[EventType], Field(max_length=100)] | None = None
     accounts: Annotated[list[str], Field(max_length=100)] | None = None
-    headers: Headers | None = None
+    headers: Headers | None = Field(
+        default=None, description=f"All of them; the value {BLOT} keeps the one that is there."
+    )
     rate_limit: RateLimit | None = None
     ed25519: bool = False
     metadata: Metadata | None = None
@@ -219,7 +222,9 @@ class EndpointResource(Resource):
     event_types: Sequence[str] | None
     accounts: Sequence[str] | None
     filter: None = None
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = Field(
+        description=f"{BLOT} stands for what may be secret: admins see values of harmless names."
+    )
     rate_limit: float | None
     public_key: str | None = Field(description="`whpk_…`, where it is signed with Ed25519 (`v1a`) as well.")
     metadata: Mapping[str, Any]
@@ -229,26 +234,33 @@ class EndpointResource(Resource):
     updated_at: Time
 
     @classmethod
-    def of(cls, one: endpoint.Endpoint) -> Self:
-        return cls(**_endpoint(one))
+    def of(cls, one: endpoint.Endpoint, *, to_admin: bool) -> Self:
+        return cls(**_endpoint(one, to_admin=to_admin))
 
 
 class EndpointWithSecret(EndpointResource):
-    secret: str
+    secret: str | None = Field(
+        description="Null when an Idempotency-Key is used again after a rotation, but not for admins."
+    )
 
     @classmethod
-    def of(cls, one: endpoint.Endpoint) -> Self:
-        return cls(**_endpoint(one), secret=one.secrets[0].symmetric)
+    def of(cls, one: endpoint.Endpoint, *, to_admin: bool) -> Self:
+        newest = one.secrets[0]
+        shown = newest.symmetric if to_admin or not newest.is_rotated else None
+        return cls(**_endpoint(one, to_admin=to_admin), secret=shown)
 
 
-def _endpoint(one: endpoint.Endpoint) -> dict[str, Any]:
+def _endpoint(one: endpoint.Endpoint, *, to_admin: bool) -> dict[str, Any]:
     return {
         "id": one.id,
         "url": one.url,
         "description": one.description,
         "event_types": list(one.event_types) or None,
         "accounts": list(one.accounts) or None,
-        "headers": one.headers,
+        "headers": {
+            name: value if to_admin and not endpoint.is_sensitive(name) else BLOT
+            for name, value in one.headers.items()
+        },
         "rate_limit": one.rate_limit,
         "public_key": one.public_key,
         "metadata": one.metadata,
