@@ -154,6 +154,12 @@ def canonical_url(text: str, *, allow_http: bool, allow: Networks) -> str:
     return str(url.copy_with(host=host.removesuffix(".") if literal is None else str(literal)))
 
 
+def origin(text: str) -> tuple[str, str, int | None]:
+    """Whom a URL talks to: scheme, host, port."""
+    url = httpx.URL(text)
+    return url.scheme, url.host, url.port
+
+
 def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """The address in a host, None for a name. Raises ValueError for what is neither."""
     bare = host.removeprefix("[").removesuffix("]")

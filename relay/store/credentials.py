@@ -1,6 +1,7 @@
 """Accounts that tenants have added, at rest."""
 
 import json
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -12,6 +13,7 @@ from relay.store.database import Database, Row, repeated
 from relay.store.idempotency import Idempotency, reserve
 from relay.store.sealed import opened
 
+log = logging.getLogger(__name__)
 # Of one tenant; every relay knows them all.
 MOST = 100
 
@@ -125,7 +127,10 @@ class Credentials:
         values = {each.name: getattr(one, each.name) for each in fields(one) if each.name not in _SETTINGS}
         return {
             **values,
-            "api_key": self._keyring.seal(one.api_key, *_place("api_key", one.name, one.tenant)),
+            # Together: whoever changes the URL in the database is not sent the key.
+            "api_key": self._keyring.seal(
+                json.dumps([one.api_key, one.base_url]), *_place("api_key", one.name, one.tenant)
+            ),
             "webhook_secrets": self._keyring.seal(
                 json.dumps(one.webhook_secrets), *_place("webhook_secrets", one.name, one.tenant)
             ),
@@ -141,12 +146,16 @@ class Credentials:
         }
         if texts["api_key"] is None or texts["webhook_secrets"] is None:
             return None
+        api_key, base_url = json.loads(texts["api_key"])
+        if base_url != row["base_url"]:
+            log.error("secret.not_opened", extra={"where": "credentials.base_url", "row": row["name"]})
+            return None
         settings = json.loads(values.pop("settings"))
         return Credential(
             **{
                 **values,
                 **{name: settings.get(name) for name in _SETTINGS},
-                "api_key": texts["api_key"],
+                "api_key": api_key,
                 "webhook_secrets": tuple(json.loads(texts["webhook_secrets"])),
             }
         )

@@ -2,41 +2,31 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any, TypeVar
-
-import httpx
+from typing import Any
 
 from relay import account as accounts
 from relay import event, signature
-from relay.endpoint import Endpoint, Secret, canonical_url
-from relay.errors import Conflict, FieldError, Forbidden, Invalid, Limited, NotFound, Refused
+from relay.endpoint import Endpoint, Secret, origin
+from relay.errors import Conflict, FieldError, Invalid, Limited, NotFound
 from relay.event import Event
 from relay.generation import Generation, Status
 from relay.ids import new_id
-from relay.key import Key, Scope, hash_of, new_key
 from relay.limit import Limit
-from relay.providers import Account, load
 from relay.redact import BLOT
-from relay.store.credentials import Credential
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Publication
 from relay.store.generations import Watch
-from relay.store.tenants import DEFAULT
 from relay.times import rfc3339
 from relay.web import resources as r
 from relay.web.context import Relay
-from relay.web.operation import Call, Result
+from relay.web.operation import Call, Result, checked_url, paged
 
 # For each endpoint, and for each tenant: of one relay.
 TESTS_A_MINUTE = 10
 REPLAYS_A_SECOND, REPLAYS_AT_ONCE = 10, 100
-T = TypeVar("T")
-R = TypeVar("R")
 _BROKEN = "its secret cannot be opened: it was changed in the database; rotate it"
-_SAME = ("api_key", "base_url", "requests_per_minute", "requests_per_day")
 
 
 async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
@@ -45,7 +35,7 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
     endpoint = Endpoint(
         id=new_id("ep", now),
         tenant=call.tenant,
-        url=_url(call.relay, "url", body.url),
+        url=checked_url(call.relay, "url", body.url),
         secrets=[
             Secret(
                 body.secret or signature.new_secret(),
@@ -77,7 +67,7 @@ async def list_endpoints(call: Call[None, r.PageQuery]) -> Result:
     found = await call.relay.store.endpoints.page(
         call.tenant, limit=call.query.limit + 1, cursor=call.query.cursor
     )
-    return _page(found, call.query, lambda one: r.EndpointResource.of(one, to_admin=call.caller.is_admin))
+    return paged(found, call.query, lambda one: r.EndpointResource.of(one, to_admin=call.caller.is_admin))
 
 
 async def get_endpoint(call: Call[Any, None]) -> Result:
@@ -88,9 +78,9 @@ async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
     endpoint, given = await _endpoint(call), call.body.model_dump(exclude_unset=True)
     kept = endpoint.headers
     if "url" in given:
-        given["url"] = _url(call.relay, "url", given["url"])
+        given["url"] = checked_url(call.relay, "url", given["url"])
         # Headers may hold a secret of the old host: they do not follow to another one.
-        if _origin(given["url"]) != _origin(endpoint.url):
+        if origin(given["url"]) != origin(endpoint.url):
             kept = {}
             given.setdefault("headers", {})
     if given.get("headers"):
@@ -218,7 +208,7 @@ async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
         chance=first.chance,
         rate=first.rate,
         metadata=body.metadata or {},
-        callback_url=_url(relay, "callback_url", body.callback_url)
+        callback_url=checked_url(relay, "callback_url", body.callback_url)
         if body.callback_url is not None
         else None,
         awaits_callback=awaits_callback,
@@ -241,7 +231,7 @@ async def list_generations(call: Call[None, r.GenerationQuery]) -> Result:
         await generations.page(call.tenant, each, limit=limit, cursor=call.query.cursor) for each in wanted
     ]
     found = sorted((one for page in pages for one in page), key=attrgetter("id"), reverse=True)[:limit]
-    return _page(found, call.query, lambda one: _generation(call.relay, one))
+    return paged(found, call.query, lambda one: _generation(call.relay, one))
 
 
 async def get_generation(call: Call[Any, None]) -> Result:
@@ -303,7 +293,7 @@ async def list_events(call: Call[None, r.EventQuery]) -> Result:
     found = await call.relay.store.events.page(
         call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
     )
-    return _page(found, call.query, lambda one: _event(one))
+    return paged(found, call.query, lambda one: _event(one))
 
 
 async def get_event(call: Call[None, None]) -> Result:
@@ -317,7 +307,7 @@ async def list_deliveries(call: Call[None, r.DeliveryQuery]) -> Result:
     found = await call.relay.store.deliveries.page(
         call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
     )
-    return _page(found, call.query, _delivery)
+    return paged(found, call.query, _delivery)
 
 
 async def get_delivery(call: Call[None, None]) -> Result:
@@ -335,75 +325,6 @@ async def replay_delivery(call: Call[None, None]) -> Result:
     return Result(202, _delivery(await _get_delivery(relay, call.tenant, id_)))
 
 
-async def create_account(call: Call[r.AccountCreate, None]) -> Result:
-    relay, now = call.relay, call.relay.now()
-    given = call.body.model_dump(exclude_unset=True)
-    name = call.body.name
-    if (seen := relay.accounts.of(call.tenant).get(name)) is not None and seen.owner is None:
-        raise Conflict(f"there is an account {name!r} already, in the relay's configuration file")
-    new = Credential(
-        name=accounts.inner(call.tenant, name),
-        tenant=call.tenant,
-        provider=call.body.provider,
-        created_at=now,
-        updated_at=now,
-        **_settings(relay, given),
-    )
-    entry = call.entry("account.created", name)
-    account = await _changed_account(
-        relay, await relay.store.credentials.create(new, call.idempotency, entry=entry)
-    )
-    if account is None:
-        raise Conflict("what this Idempotency-Key created is gone")
-    return Result(201, _account(relay, account, call.tenant))
-
-
-async def list_accounts(call: Call[None, r.PageQuery]) -> Result:
-    found = call.relay.accounts.of(call.tenant)
-    names = sorted(name for name in found if name > (call.query.cursor or ""))
-    page, more = names[: call.query.limit], len(names) > call.query.limit
-    data = [_account(call.relay, found[name], call.tenant) for name in page]
-    return Result(200, r.Page[r.AccountResource](data=data, next_cursor=page[-1] if more else None))
-
-
-async def get_account(call: Call[None, None]) -> Result:
-    found = await call.relay.accounts.find(call.tenant, call.path["name"])
-    if found is None:
-        raise NotFound(f"no account {call.path['name']}")
-    return Result(200, _account(call.relay, found, call.tenant))
-
-
-async def change_account(call: Call[r.AccountChange, None]) -> Result:
-    relay, name = call.relay, _own_account(call)
-    changes = _settings(relay, call.body.model_dump(exclude_unset=True))
-
-    def changed(before: Credential) -> Credential:
-        after = replace(before, **changes)
-        if after.base_url is not None:
-            _url(relay, "base_url", after.base_url)
-        if "api_key" not in changes and _host(before) != _host(after):
-            problem = "is required with a base_url at another host: the one that is stored goes nowhere else"
-            raise Invalid(FieldError("api_key", problem))
-        return after
-
-    given = sorted(call.body.model_fields_set)
-    entry = call.entry("account.changed", call.path["name"], fields=given) if given else None
-    is_there = await relay.store.credentials.change(name, changed, now=relay.now(), entry=entry)
-    found = await _changed_account(relay, name) if is_there else None
-    if found is None:
-        raise _no_own_account(call)
-    return Result(200, _account(relay, found, call.tenant))
-
-
-async def delete_account(call: Call[None, None]) -> Result:
-    relay, name = call.relay, _own_account(call)
-    entry = call.entry("account.deleted", call.path["name"])
-    if not await relay.store.credentials.delete(name, entry=entry):
-        raise _no_own_account(call)
-    await _changed_account(relay, name)
-    return Result(204)
-
-
 def _secret(endpoint: Endpoint, now: int) -> r.SecretResource:
     if not endpoint.secrets:
         raise Conflict(_BROKEN)
@@ -416,86 +337,9 @@ def _secret(endpoint: Endpoint, now: int) -> r.SecretResource:
     )
 
 
-async def create_key(call: Call[r.KeyCreate, None]) -> Result:
-    relay, body, now = call.relay, call.body, call.relay.now()
-    tenant = _named_tenant(call, body.tenant)
-    if body.expires_at is not None and body.expires_at <= now:
-        raise Invalid(FieldError("expires_at", "must be in the future"))
-    # Whoever has found a key that ends must not be able to outlast it.
-    own_end = call.caller.expires_at
-    if own_end is not None and (body.expires_at or math.inf) > own_end:
-        problem = f"must be given, and at the latest be the end of your own key, {rfc3339(own_end)}"
-        raise Invalid(FieldError("expires_at", problem))
-    key_id, text = new_key(now)
-    key = Key(
-        id=key_id,
-        tenant=tenant,
-        name=body.name,
-        scopes=[scope for scope in Scope if scope in body.scopes],
-        hash=hash_of(text),
-        created_at=now,
-        expires_at=body.expires_at,
-        rate_limit=body.rate_limit,
-    )
-    if tenant != call.tenant:
-        await relay.store.tenants.found(tenant, signature.new_secret(), now=now)
-    entry = call.entry("key.created", key.id, tenant=tenant)
-    made = await relay.store.keys.create(key, call.idempotency, asker=call.tenant, entry=entry)
-    if made is None:
-        raise Conflict("what this Idempotency-Key created is gone")
-    return Result(201, r.KeyWithText.of(made, text if made.id == key.id else None))
-
-
-async def list_keys(call: Call[None, r.KeyQuery]) -> Result:
-    found = await call.relay.store.keys.page(
-        _named_tenant(call, call.query.tenant), limit=call.query.limit + 1, cursor=call.query.cursor
-    )
-    return _page(found, call.query, r.KeyResource.of)
-
-
-async def get_key(call: Call[None, r.TenantQuery]) -> Result:
-    found = await call.relay.store.keys.get(_named_tenant(call, call.query.tenant), call.path["id"])
-    if found is None:
-        raise NotFound(f"no key {call.path['id']}")
-    return Result(200, r.KeyResource.of(found))
-
-
-async def revoke_key(call: Call[None, r.TenantQuery]) -> Result:
-    tenant, id_ = _named_tenant(call, call.query.tenant), call.path["id"]
-    entry = call.entry("key.revoked", id_, tenant=tenant)
-    if not await call.relay.store.keys.revoke(tenant, id_, now=call.relay.now(), entry=entry):
-        raise NotFound(f"no key {id_}")
-    return Result(204)
-
-
-async def list_audit(call: Call[None, r.AuditQuery]) -> Result:
-    found = await call.relay.store.audit.page(
-        _named_tenant(call, call.query.tenant),
-        call.query.filters(),
-        limit=call.query.limit + 1,
-        cursor=call.query.cursor,
-    )
-    return _page(found, call.query, r.AuditResource.of)
-
-
-def _named_tenant(call: Call[Any, Any], named: str | None) -> str:
-    """The tenant that an admin's request is about: its own one, unless the operator names another one."""
-    if named is not None and named != call.tenant and call.tenant != DEFAULT:
-        raise Forbidden(f"only admins of the tenant {DEFAULT} may name another tenant than their own")
-    return named or call.tenant
-
-
 def _take(limit: Limit, key: str, now: int, what: str) -> None:
     if wait := limit.take(key, now):
         raise Limited(what, retry_after=wait)
-
-
-def _url(relay: Relay, field: str, url: str) -> str:
-    network = relay.settings.network
-    try:
-        return canonical_url(url, allow_http=network.allow_http, allow=network.allow)
-    except ValueError as error:
-        raise Invalid(FieldError(field, str(error))) from error
 
 
 def _headers(given: Mapping[str, str], kept: Mapping[str, str]) -> Mapping[str, str]:
@@ -512,55 +356,6 @@ async def _known_accounts(call: Call[Any, Any], names: Sequence[str] | None) -> 
         if await call.relay.accounts.find(call.tenant, name) is None:
             raise Invalid(FieldError("accounts", f"there is no account {name!r}"))
     return names or ()
-
-
-def _own_account(call: Call[Any, Any]) -> str:
-    """What Relay calls the account of this name that a tenant may have added. Raises NotFound for no name."""
-    if not accounts.is_name(call.path["name"]):
-        raise _no_own_account(call)
-    return accounts.inner(call.tenant, call.path["name"])
-
-
-def _no_own_account(call: Call[Any, Any]) -> Refused:
-    """Why there is nothing to change or delete."""
-    name = call.path["name"]
-    seen = call.relay.accounts.of(call.tenant).get(name)
-    if seen is None or seen.owner is not None:
-        return NotFound(f"no account {name}")
-    return Conflict(
-        f"account {name!r} is in the relay's configuration file (accounts.{name}): change it there"
-    )
-
-
-async def _changed_account(relay: Relay, name: str) -> Account | None:
-    """The account as it is now, after this relay has changed it and told the others; None when it is gone."""
-    relay.bell.ring("accounts", name)
-    await relay.accounts.look([name])
-    relay.poller.wake()
-    return relay.accounts.get(name)
-
-
-def _settings(relay: Relay, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a request says of an account, in the words of its credential."""
-    settings = {name: given[name] for name in _SAME if name in given}
-    if "webhook_secret" in given:
-        settings["webhook_secrets"] = tuple(given["webhook_secret"] or ())
-    if given.get("base_url") is not None:
-        settings["base_url"] = _url(relay, "base_url", given["base_url"])
-    for name in ("timeout", "poll_interval"):
-        if f"{name}_seconds" in given:
-            seconds = given[f"{name}_seconds"]
-            settings[name] = math.ceil(seconds * 1000) if seconds is not None else None
-    return settings
-
-
-def _host(credential: Credential) -> tuple[str, str, int | None]:
-    return _origin(credential.base_url or load(credential.provider).base_url)
-
-
-def _origin(text: str) -> tuple[str, str, int | None]:
-    url = httpx.URL(text)
-    return url.scheme, url.host, url.port
 
 
 async def _endpoint(call: Call[Any, Any]) -> Endpoint:
@@ -582,14 +377,6 @@ async def _get_delivery(relay: Relay, tenant: str, delivery_id: str) -> Delivery
     if found is None:
         raise NotFound(f"no delivery {delivery_id}")
     return found
-
-
-def _page(found: Sequence[T], query: r.PageQuery, render: Callable[[T], R]) -> Result:
-    """`found` holds one more than was asked for when there is more."""
-    more = len(found) > query.limit
-    page = [render(one) for one in found[: query.limit]]
-    last = getattr(page[-1], "id", None) if page else None
-    return Result(200, r.Page[Any](data=page, next_cursor=last if more else None))
 
 
 def _generation(relay: Relay, one: Generation) -> r.GenerationResource:
@@ -655,30 +442,3 @@ def _delivery_fields(one: Delivery) -> dict[str, Any]:
         "created_at": rfc3339(one.created_at),
         "updated_at": rfc3339(one.updated_at),
     }
-
-
-def _account(relay: Relay, account: Account, tenant: str) -> r.AccountResource:
-    standing, now = relay.poller.standing(account), relay.now()
-    health, budget = standing.health, standing.budget
-    used = budget.used_today - max(0, standing.lent) if now < budget.day_ends_at else 0
-    wait = standing.wait(now)
-    return r.AccountResource(
-        name=account.shown,
-        provider=account.provider.name,
-        status=health.status.value,
-        configured=account.owner is None,
-        api_key_hint=account.api_key_hint,
-        base_url=account.base_url,
-        timeout_seconds=account.pace.timeout / 1000,
-        poll_interval_seconds=account.pace.interval / 1000,
-        calls_back=account.provider.calls_back,
-        webhook_url=relay.callbacks.account_url(account.name) if account.provider.signs else None,
-        budget=r.BudgetResource(
-            requests_per_minute=account.requests_per_minute,
-            requests_per_day=account.requests_per_day,
-            used_today=max(0, used),
-            next_request_at=rfc3339(now + wait) if wait else None,
-        ),
-        last_error=account.told(tenant, health.last_error),
-        last_error_at=rfc3339(health.last_error_at) if health.last_error_at is not None else None,
-    )

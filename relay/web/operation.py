@@ -13,10 +13,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from relay.body import compact, parse
+from relay.endpoint import canonical_url
 from relay.errors import FieldError, Invalid, Malformed, NotFound, TooLarge, Unsupported
 from relay.key import Scope as KeyScope
 from relay.store.audit import Entry
 from relay.store.idempotency import Idempotency
+from relay.web import resources as r
 from relay.web.auth import Caller
 from relay.web.context import Relay, State
 
@@ -25,6 +27,8 @@ BODY_DEADLINE = 10.0
 MOST_ERRORS, LONGEST_NAME = 100, 100
 B = TypeVar("B")
 Q = TypeVar("Q")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,23 @@ class Operation:
             raise Invalid(FieldError("Idempotency-Key", "must be 1 to 255 printable characters"))
         asked = f"{self.method} {request.url.path}\n".encode() + raw
         return Idempotency(key, hashlib.sha256(asked).hexdigest())
+
+
+def paged(found: Sequence[T], query: r.PageQuery, render: Callable[[T], R]) -> Result:
+    """A page of what was found; `found` holds one more than was asked for when there is more."""
+    more = len(found) > query.limit
+    page = [render(one) for one in found[: query.limit]]
+    last = getattr(page[-1], "id", None) if page else None
+    return Result(200, r.Page[Any](data=page, next_cursor=last if more else None))
+
+
+def checked_url(relay: Relay, field: str, url: str) -> str:
+    """The URL in its canonical form. Raises Invalid, naming the field, for one that must not be used."""
+    network = relay.settings.network
+    try:
+        return canonical_url(url, allow_http=network.allow_http, allow=network.allow)
+    except ValueError as error:
+        raise Invalid(FieldError(field, str(error))) from error
 
 
 async def read_body(request: Request[Any]) -> bytes:

@@ -1,7 +1,7 @@
 """The table of all operations: routes and OpenAPI are both made from it."""
 
 from relay.key import Scope
-from relay.web import api
+from relay.web import admin, api
 from relay.web import resources as r
 from relay.web.operation import Operation
 
@@ -258,7 +258,7 @@ OPERATIONS = (
         "/v1/accounts",
         ADMIN,
         "Add an account; its credential is never shown again",
-        api.create_account,
+        admin.create_account,
         r.AccountResource,
         {201: "Added", 409: "There is an account of this name, or too many"},
         body=r.AccountCreate,
@@ -270,20 +270,20 @@ OPERATIONS = (
         "/v1/accounts",
         READ,
         "List accounts and how they are",
-        api.list_accounts,
+        admin.list_accounts,
         r.Page[r.AccountResource],
         {200: "A page"},
         query=r.PageQuery,
     ),
     Operation(
-        "GET", "/v1/accounts/{name}", READ, "Show an account", api.get_account, r.AccountResource, _FOUND
+        "GET", "/v1/accounts/{name}", READ, "Show an account", admin.get_account, r.AccountResource, _FOUND
     ),
     Operation(
         "PATCH",
         "/v1/accounts/{name}",
         ADMIN,
         "Change an account that was added by API; its next request is made with the new credential",
-        api.change_account,
+        admin.change_account,
         r.AccountResource,
         {200: "Changed", 404: _FOUND[404], 409: "It is in the configuration file"},
         body=r.AccountChange,
@@ -294,7 +294,7 @@ OPERATIONS = (
         "/v1/accounts/{name}",
         ADMIN,
         "Delete an account that was added by API",
-        api.delete_account,
+        admin.delete_account,
         None,
         {
             204: "Deleted",
@@ -307,7 +307,7 @@ OPERATIONS = (
         "/v1/keys",
         ADMIN,
         "Make an API key",
-        api.create_key,
+        admin.create_key,
         r.KeyWithText,
         {201: "Made; the key is shown only now"},
         body=r.KeyCreate,
@@ -319,7 +319,7 @@ OPERATIONS = (
         "/v1/keys",
         ADMIN,
         "List API keys, never the keys themselves",
-        api.list_keys,
+        admin.list_keys,
         r.Page[r.KeyResource],
         {200: "A page"},
         query=r.KeyQuery,
@@ -329,7 +329,7 @@ OPERATIONS = (
         "/v1/keys/{id}",
         ADMIN,
         "Show an API key, never the key itself",
-        api.get_key,
+        admin.get_key,
         r.KeyResource,
         _FOUND,
         query=r.TenantQuery,
@@ -339,7 +339,7 @@ OPERATIONS = (
         "/v1/keys/{id}",
         ADMIN,
         "Revoke an API key: the next request with it is refused",
-        api.revoke_key,
+        admin.revoke_key,
         None,
         {204: "Revoked", 404: _FOUND[404]},
         query=r.TenantQuery,
@@ -349,7 +349,7 @@ OPERATIONS = (
         "/v1/audit",
         ADMIN,
         "List what was done with keys, secrets, endpoints and deliveries, by whom and from where",
-        api.list_audit,
+        admin.list_audit,
         r.Page[r.AuditResource],
         {200: "A page"},
         query=r.AuditQuery,
