@@ -461,3 +461,14 @@ async def test_the_key_of_the_configuration_is_no_key_of_the_list(world: World) 
     relay = await world.relay()
     assert (await relay.api.get("/v1/keys")).json()["data"] == []
     assert (await relay.api.get("/v1/keys", headers=bearer(ADMIN_KEY))).status_code == 200
+
+
+async def test_a_key_that_ends_makes_none_that_outlasts_it(world: World) -> None:
+    relay = await world.relay()
+    admin = await world.member(relay, "admin", expires_at="2099-01-01T00:00:00Z")
+    for longer in ({}, {"expires_at": "2099-01-01T00:00:01Z"}):
+        answer = await admin.post("/v1/keys", json={"scopes": ["read"], **longer})
+        assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "expires_at")
+    for end in ("2098-01-01T00:00:00Z", "2099-01-01T00:00:00Z"):
+        answer = await admin.post("/v1/keys", json={"scopes": ["admin"], "expires_at": end})
+        assert answer.status_code == 201

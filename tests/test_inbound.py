@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.providers import PROVIDERS, load
 from relay.web.operations import OPERATIONS
 from tests.conftest import World
-from tests.nasty import JSON_TEXT, OBJECTS, TEXT
+from tests.nasty import JSON_TEXT, OBJECTS, TEXT, VALUES
 
 URL = "https://hooks.example.com/relay"
 REQUESTS = {
@@ -71,6 +72,21 @@ async def test_any_callback_is_answered(world: World) -> None:
     for body in some(JSON_TEXT.map(str.encode) | st.binary()):
         assert (await relay.api.post(hook, content=body)).status_code in (200, 429), body
         assert (await relay.api.post("/hooks/signed", content=body)).status_code == 401, body
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+@given(VALUES, TEXT, st.binary(), st.lists(TEXT, max_size=3))
+def test_no_provider_stumbles_over_a_callback(
+    name: str, value: Any, header: str, body: bytes, secrets: list[str]
+) -> None:
+    provider = load(name)
+    for document in (value, {"job_id": value, "generation_id": value, "data": value}, [value]):
+        claimed = provider.claimed_job(document)
+        assert claimed is None or isinstance(claimed, str)
+    headers = {"x-vivix-signature": header.encode("utf-8", "replace").decode("latin-1")}
+    assert (
+        provider.signed(headers, body, [one.encode("utf-8", "replace").decode() for one in secrets]) is False
+    )
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "GZIP", "unknown"])

@@ -421,6 +421,11 @@ async def create_key(call: Call[r.KeyCreate, None]) -> Result:
     tenant = _named_tenant(call, body.tenant)
     if body.expires_at is not None and body.expires_at <= now:
         raise Invalid(FieldError("expires_at", "must be in the future"))
+    # Whoever has found a key that ends must not be able to outlast it.
+    own_end = call.caller.expires_at
+    if own_end is not None and (body.expires_at or math.inf) > own_end:
+        problem = f"must be given, and at the latest be the end of your own key, {rfc3339(own_end)}"
+        raise Invalid(FieldError("expires_at", problem))
     key_id, text = new_key(now)
     key = Key(
         id=key_id,

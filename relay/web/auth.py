@@ -22,12 +22,14 @@ _LONGEST_ADDRESS = 64
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Somebody whose key is good; `actor` is the key's id, or `admin_key` for that of the configuration."""
+    """Somebody whose key is good, until `expires_at`; `actor` is the key's id, or `admin_key` for that of the
+    configuration."""
 
     tenant: str
     actor: str
     scopes: Collection[Scope]
     address: str | None
+    expires_at: int | None = None
 
     @property
     def is_admin(self) -> bool:
@@ -62,7 +64,7 @@ class Gate:
         key, now = await self._known(text), self._now()
         self._limit(key, now)
         self._used[key.id] = now
-        return Caller(key.tenant, key.id, key.scopes, address)
+        return Caller(key.tenant, key.id, key.scopes, address, key.expires_at)
 
     async def write_down(self) -> None:
         """When keys were used last, as far as that is not written down yet. Raises StoreError, and may be
