@@ -46,7 +46,8 @@ def parse_retry_after(text: str | None, now: int) -> int | None:
     """
     if text is None:
         return None
-    if re.fullmatch(r"\d{1,12}", text.strip()):
+    text = text.strip()
+    if re.fullmatch(r"[0-9]{1,12}", text):
         return int(text) * 1000
     try:
         at = parsedate_to_datetime(text)
