@@ -19,8 +19,8 @@ _LONG = 256
 
 class Redactor:
     """Text without the secrets that it was told of, as they are and as they look in URLs, JSON, HTML and
-    base64, and without what looks like a secret of ours. How long it takes does not depend on how many
-    secrets there are."""
+    base64, and without what looks like a secret of ours. How long it takes hardly depends on how many secrets
+    there are."""
 
     def __init__(self, *secrets: str) -> None:
         self._short: set[str] = set()
@@ -92,10 +92,8 @@ def credentials(header: str) -> list[str]:
 
 
 def _without_capability(text: str, capability: str) -> str:
-    head, found, tail = text.partition(capability)
-    if not found:
-        return text
-    return head + found + BLOT + _without_capability(tail.lstrip(_URL_CHARACTERS), capability)
+    head, *tails = text.split(capability)
+    return head + "".join(capability + BLOT + tail.lstrip(_URL_CHARACTERS) for tail in tails)
 
 
 def traces(secret: str) -> list[str]:
@@ -149,7 +147,11 @@ _LOOKS = (
     ("whsec_", re.compile(f"whsec_{_BASE64}{{8,}}"), f"whsec_{BLOT}"),
     ("whsk_", re.compile(f"whsk_{_BASE64}{{8,}}"), f"whsk_{BLOT}"),
     ("rk_", re.compile(r"(?<![A-Za-z0-9])rk_[A-Za-z0-9_-]{16,}"), f"rk_{BLOT}"),
-    ("earer", re.compile(r"([Bb]earer(?:\s+|%20|\+))[A-Za-z0-9._~+/=%-]{8,}"), rf"\1{BLOT}"),
+    (
+        "earer",
+        re.compile(rf"([Bb]earer(?:\s+|%20|\+))(?:[A-Za-z0-9._~+=%-]|{_SLASH}){{8,}}"),
+        rf"\1{BLOT}",
+    ),
     (
         "hooks",
         re.compile(rf"({_SLASH}hooks{_SLASH}[A-Za-z0-9_-]+{_SLASH})[A-Za-z0-9_.~%-]+"),
