@@ -19,8 +19,8 @@ _LONG = 256
 
 class Redactor:
     """Text without the secrets that it was told of, as they are and as they look in URLs, JSON, HTML and
-    base64, and without what looks like a secret of ours. How long it takes does not depend on how many
-    secrets there are."""
+    base64, and without what looks like a secret of ours. How long it takes hardly depends on how many secrets
+    there are."""
 
     def __init__(self, *secrets: str) -> None:
         self._short: set[str] = set()
@@ -59,12 +59,11 @@ class Redactor:
 
 def redact(value: Any, known: Redactor, *, capability: str) -> Any:
     """The JSON value without `known` secrets, and without what follows the URL prefix `capability`."""
-    urls = re.compile(re.escape(capability) + _URL_CHARACTERS)
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):
             value = known.blot(value)
-            return urls.sub(lambda found: capability + BLOT, value) if capability in value else value
+            return _without_capability(value, capability) if capability in value else value
         if isinstance(value, list):
             return [clean(one) for one in value]
         if isinstance(value, Mapping):
@@ -92,6 +91,11 @@ def credentials(header: str) -> list[str]:
     """What is secret of a header's value: all of it, and what follows a scheme such as Bearer."""
     scheme, _, rest = header.partition(" ")
     return [header, rest.strip()] if rest and scheme.isalnum() else [header]
+
+
+def _without_capability(text: str, capability: str) -> str:
+    head, *tails = text.split(capability)
+    return head + "".join(capability + BLOT + tail.lstrip(_URL_CHARACTERS) for tail in tails)
 
 
 def traces(secret: str) -> list[str]:
@@ -136,7 +140,7 @@ def _base64(raw: bytes) -> Iterator[str]:
 
 _PASSWORD = re.compile(r"(://[^:/?#@]*):(.*)@", re.DOTALL)
 _PASSWORD_OPTION = re.compile(r"(?i)([?&][^=&]*pass[^=&]*)=([^&]*)")
-_URL_CHARACTERS = "[A-Za-z0-9._~/%-]*"
+_URL_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/%"
 _SLASH = r"(?:\\{0,3}/|%2[Ff])"
 _BASE64 = rf"(?:[A-Za-z0-9+=_-]|{_SLASH}|%[0-9A-Fa-f]{{2}})"
 # What to look for before anything else, the pattern, and what is left of it. None of them ends at a backslash
@@ -145,7 +149,11 @@ _LOOKS = (
     ("whsec_", re.compile(f"whsec_{_BASE64}{{8,}}"), f"whsec_{BLOT}"),
     ("whsk_", re.compile(f"whsk_{_BASE64}{{8,}}"), f"whsk_{BLOT}"),
     ("rk_", re.compile(r"(?<![A-Za-z0-9])rk_[A-Za-z0-9_-]{16,}"), f"rk_{BLOT}"),
-    ("earer", re.compile(r"([Bb]earer(?:\s+|%20|\+))[A-Za-z0-9._~+/=%-]{8,}"), rf"\1{BLOT}"),
+    (
+        "earer",
+        re.compile(rf"([Bb]earer(?:\s+|%20|\+))(?:[A-Za-z0-9._~+=%-]|{_SLASH}){{8,}}"),
+        rf"\1{BLOT}",
+    ),
     (
         "hooks",
         re.compile(rf"({_SLASH}hooks{_SLASH}[A-Za-z0-9_.-]+{_SLASH})[A-Za-z0-9_.~%-]+"),

@@ -100,6 +100,7 @@ LOOKS = [
     ("key=rk_mOzpK9dD3VbV4L6kYw3ZbXqg0w8Xo1g7n8s", "key=rk_[redacted]"),
     ("Authorization: Bearer sk-proj-abcdef123456", "Authorization: Bearer [redacted]"),
     ("authorization: bearer eyJhbGciOiJIUzI1NiJ9.e30.abc-_~+/==;", "authorization: bearer [redacted];"),
+    (r"Bearer sk-proj\/abcdef\/123456", "Bearer [redacted]"),
     ("POST /hooks/luma-eu/WyJsdW1hIiwiZ2VuXzEiXQ.ab_c-d HTTP/1.1", "POST /hooks/luma-eu/[redacted] HTTP/1.1"),
     ("https://relay.test/hooks/luma/WyJsdW1hIl0.abc?x=1", "https://relay.test/hooks/luma/[redacted]?x=1"),
     (
@@ -150,6 +151,12 @@ def test_values_are_cleaned_down_to_their_leaves_and_names():
         BLOT: [f"{BLOT}!", {"x": f"https://r/hooks/{BLOT}?y", "n": 1}],
         "n": None,
     }
+
+
+def test_every_capability_is_blotted_out_however_many_there_are_and_however_close():
+    prefix = "https://r/hooks/"
+    text = "".join(f"{prefix}luma/abc{number}.def" for number in range(10_000)) + " and more"
+    assert redact(text, Redactor(), capability=prefix) == (prefix + BLOT) * 10_000 + " and more"
 
 
 @pytest.mark.parametrize(
