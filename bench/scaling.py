@@ -28,7 +28,7 @@ from relay.keyring import KeyRing
 from relay.shard import SHARDS
 from relay.store import open_database, store_on
 from relay.store.events import Handoff, Publication
-from relay.store.tenants import DEFAULT
+from relay.tenant import DEFAULT
 from tests.postgres import Cluster, running_cluster
 
 # As a server that is relied on is set up.

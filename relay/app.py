@@ -40,7 +40,7 @@ from relay.store.audit import Entry
 from relay.store.generations import Hint
 from relay.store.migrate import migrate
 from relay.store.tables import check_whole
-from relay.store.tenants import DEFAULT
+from relay.tenant import DEFAULT
 from relay.web import inbound, ops
 from relay.web.api import REPLAYS_A_SECOND, REPLAYS_AT_ONCE, TESTS_A_MINUTE
 from relay.web.auth import Gate

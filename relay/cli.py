@@ -27,7 +27,7 @@ from relay.copy import Progress, database_name
 from relay.copy import copy as copy_database
 from relay.demo import demo as run_demo
 from relay.errors import ConfigError, CopyFailed, StoreError
-from relay.local import keys, rekey
+from relay.local import Config, keys, rekey
 from relay.logs import set_up
 from relay.redact import Redactor
 from relay.remote import accounts, deliveries, endpoints, generations, track
@@ -52,9 +52,6 @@ app.add_typer(deliveries, name="deliveries", help="What was told, attempt by att
 app.add_typer(accounts, name="accounts", help="The credentials at providers.")
 out, err = Console(), Console(stderr=True)
 
-Config = Annotated[
-    Path | None, typer.Option("--config", "-c", help="Default: $RELAY_CONFIG, else config.yaml.")
-]
 _VERDICTS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "failed": "[red]failed [/]"}
 
 

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
-from relay import tenant
 from relay.ids import new_id
 
-NAME_OF_TENANT = tenant.NAME
 _LETTERS = string.digits + string.ascii_letters
 # 43 of 62 letters are as many as 32 bytes.
 _CHANCE = 43

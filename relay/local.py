@@ -17,14 +17,14 @@ from rich.table import Column, Table
 from relay import signature
 from relay.app import PATIENCE, wall_clock
 from relay.config import load_config
-from relay.key import NAME_OF_TENANT, Key, Scope, hash_of, id_of, new_key
+from relay.key import Key, Scope, hash_of, id_of, new_key
 from relay.keyring import KeyRing
 from relay.rekey import rekey as rekey_database
 from relay.store import Store, open_database, store_on
 from relay.store.audit import Entry
 from relay.store.migrate import migrate
 from relay.store.tables import check_whole
-from relay.store.tenants import DEFAULT
+from relay.tenant import DEFAULT, NAME
 from relay.times import parse_duration, parse_rfc3339, rfc3339
 from relay.web.resources import KeyResource, KeyWithText
 
@@ -55,7 +55,7 @@ def create_key(
 ) -> None:
     """Make an API key; it alone is printed to standard output, and shown only now."""
     now = wall_clock()
-    if not re.fullmatch(NAME_OF_TENANT, tenant):
+    if not re.fullmatch(NAME, tenant):
         raise typer.BadParameter("write lower-case letters, digits, - and _", param_hint="--tenant")
     if rate_limit is not None and not 0 < rate_limit <= 10_000:
         raise typer.BadParameter("must be more than 0, and 10000 at most", param_hint="--rate-limit")

@@ -14,7 +14,7 @@ from relay.signature import new_secret
 from relay.store import open_database, store_on
 from relay.store.events import Handoff, Publication
 from relay.store.migrate import migrate
-from relay.store.tenants import DEFAULT
+from relay.tenant import DEFAULT
 from relay.times import parse_rfc3339
 from tests.conftest import RunningRelay, World
 from tests.keyring import KEYRING

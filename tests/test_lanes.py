@@ -23,7 +23,7 @@ from relay.endpoint import Endpoint, Secret
 from relay.ids import new_id
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Handoff, Publication
-from relay.store.tenants import DEFAULT
+from relay.tenant import DEFAULT
 from relay.web.context import Relay
 from tests.conftest import Clock, World
 from tests.serving import serving

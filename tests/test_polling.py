@@ -30,7 +30,7 @@ from relay.schedule import Pace
 from relay.standing import Standing
 from relay.store import open_database, store_on
 from relay.store.generations import Watch
-from relay.store.tenants import DEFAULT
+from relay.tenant import DEFAULT
 from relay.times import parse_rfc3339
 from tests.conftest import RunningRelay, World
 from tests.keyring import KEYRING

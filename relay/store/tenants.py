@@ -3,7 +3,6 @@
 from relay.keyring import KeyRing
 from relay.store.database import Database
 from relay.store.sealed import opened
-from relay.tenant import DEFAULT as DEFAULT
 
 
 class Tenants:

@@ -12,7 +12,7 @@ from relay.errors import Conflict, FieldError, Forbidden, Invalid, NotFound, Ref
 from relay.key import Key, Scope, hash_of, new_key
 from relay.providers import Account, load
 from relay.store.credentials import Credential
-from relay.store.tenants import DEFAULT
+from relay.tenant import DEFAULT
 from relay.times import rfc3339
 from relay.web import resources as r
 from relay.web.context import Relay

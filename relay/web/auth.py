@@ -11,7 +11,7 @@ from relay.errors import Forbidden, Limited, StoreError, Unauthorized
 from relay.key import Key, Scope, hash_of, id_of
 from relay.limit import Limit
 from relay.store.keys import Keys
-from relay.store.tenants import DEFAULT
+from relay.tenant import DEFAULT
 from relay.times import rfc3339
 
 ADMIN_KEY = "admin_key"

@@ -15,11 +15,12 @@ from pydantic import (
 
 from relay import account, delivery, endpoint, event, generation
 from relay.body import compact
-from relay.key import NAME_OF_TENANT, Key, Scope
+from relay.key import Key, Scope
 from relay.providers import PROVIDERS
 from relay.redact import BLOT
 from relay.signature import secret_key
 from relay.store.audit import Noted
+from relay.tenant import NAME as NAME_OF_TENANT
 from relay.times import parse_rfc3339, rfc3339
 
 LARGEST_METADATA = 16 * 1024
