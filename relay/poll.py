@@ -102,12 +102,14 @@ class Poller:
             await self._over.wait()
         await self._ledger.close(names)
 
-    def first_ask(self, account: Account, *, deadline_at: int, job_known: bool, awaits_callback: bool) -> Ask:
-        """When a generation that is now being watched is asked about first."""
+    def first_ask(
+        self, account: Account, *, now: int, deadline_at: int, job_known: bool, awaits_callback: bool
+    ) -> Ask:
+        """When a generation that is being watched from `now` on is asked about first."""
         return first_ask(
             account.pace,
             self.standing(account).plan(),
-            now=self._now(),
+            now=now,
             deadline_at=deadline_at,
             job_known=job_known,
             awaits_callback=awaits_callback,

@@ -191,6 +191,7 @@ async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
     awaits_callback = body.job_id is None
     first = relay.poller.first_ask(
         account,
+        now=now,
         deadline_at=now + timeout,
         job_known=body.job_id is not None,
         awaits_callback=awaits_callback,
@@ -245,6 +246,7 @@ async def change_generation(call: Call[r.GenerationChange, None]) -> Result:
         if account is not None and not generation.ended:
             ask = relay.poller.first_ask(
                 account,
+                now=relay.now(),
                 deadline_at=generation.deadline_at,
                 job_known=True,
                 awaits_callback=generation.awaits_callback,
