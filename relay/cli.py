@@ -26,6 +26,7 @@ from relay.config import load_config
 from relay.copy import Progress, database_name
 from relay.copy import copy as copy_database
 from relay.demo import demo as run_demo
+from relay.doctor import doctor
 from relay.errors import ConfigError, CopyFailed, StoreError
 from relay.local import Config, backup, keys, rekey
 from relay.logs import set_up
@@ -43,6 +44,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(doctor)
 app.command()(track)
 app.command()(rekey)
 app.command()(backup)
