@@ -29,6 +29,7 @@ from relay.keyring import KeyRing
 from relay.limit import Limit
 from relay.poll import Poller
 from relay.prune import prune
+from relay.pulse import Pulse
 from relay.redact import Redactor
 from relay.renew import Renewer
 from relay.roster import Roster
@@ -300,6 +301,7 @@ def _assemble(
         gate=Gate(store.keys, settings.admin_key, now=now),
         test_limit=Limit(TESTS_A_MINUTE / 60, TESTS_A_MINUTE),
         replay_limit=Limit(REPLAYS_A_SECOND, REPLAYS_AT_ONCE),
+        pulse=Pulse(),
         redactor=redactor,
         watch=Batch(store.generations.create),
         hint=Batch(hint),
@@ -344,14 +346,24 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
                 now=relay.now(),
             )
 
-    poll, deliver = _steady("poll", relay.poller.tick), _steady("deliver", relay.deliverer.tick)
-    scheduler.add_job(poll, "interval", seconds=POLL_TICK)
-    scheduler.add_job(deliver, "interval", seconds=RETRY_TICK)
+    def every(
+        seconds: float, name: str, tick: Callable[[], Awaitable[None]], *, longest_rest: int = LONGEST_REST
+    ) -> None:
+        steady = _steady(name, tick, longest_rest=longest_rest)
+
+        async def beat() -> None:
+            await steady()
+            relay.pulse.beat(name, time.monotonic())
+
+        relay.pulse.expect(name, every=seconds, now=time.monotonic())
+        scheduler.add_job(beat, "interval", seconds=seconds)
+
+    every(POLL_TICK, "poll", relay.poller.tick)
+    every(RETRY_TICK, "deliver", relay.deliverer.tick)
     if not relay.store.database.alone:
-        beat = _steady("hold", relay.holder.beat, longest_rest=1)
-        scheduler.add_job(beat, "interval", seconds=BEAT)
-    scheduler.add_job(_steady("prune", remove_old, longest_rest=1), "interval", seconds=PRUNE_TICK)
-    scheduler.add_job(_steady("keys", relay.gate.write_down, longest_rest=1), "interval", seconds=KEYS_TICK)
+        every(BEAT, "hold", relay.holder.beat, longest_rest=1)
+    every(PRUNE_TICK, "prune", remove_old, longest_rest=1)
+    every(KEYS_TICK, "keys", relay.gate.write_down, longest_rest=1)
     scheduler.start()
     return scheduler
 

@@ -26,8 +26,9 @@ from relay.config import load_config
 from relay.copy import Progress, database_name
 from relay.copy import copy as copy_database
 from relay.demo import demo as run_demo
+from relay.doctor import doctor
 from relay.errors import ConfigError, CopyFailed, StoreError
-from relay.local import Config, keys, rekey
+from relay.local import Config, backup, keys, rekey
 from relay.logs import set_up
 from relay.redact import Redactor
 from relay.remote import accounts, deliveries, endpoints, generations, track
@@ -43,8 +44,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(doctor)
 app.command()(track)
 app.command()(rekey)
+app.command()(backup)
 app.add_typer(keys, name="keys", help="Who may use the API: on the database, also of a running relay.")
 app.add_typer(generations, name="generations", help="The jobs that are watched.")
 app.add_typer(endpoints, name="endpoints", help="The URLs that are told.")

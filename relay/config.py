@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 from pydantic.networks import IPvAnyNetwork
 
 from relay import account, tenant
@@ -128,6 +136,7 @@ class Settings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     database: str = Field(default="sqlite:///relay.db", repr=False)
+    min_free: ByteSize = ByteSize(100 * 1024 * 1024)
     secret_key: str = Field(min_length=1, repr=False)
     previous_secret_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), repr=False)
     admin_key: Annotated[str, AfterValidator(_sendable)] | None = Field(default=None, repr=False)

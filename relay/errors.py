@@ -16,7 +16,7 @@
     │  └─ Limited 429           too much for now: carries when to come back
     ├─ ProviderError            a provider could not be asked, or its answer could not be read
     ├─ SealBroken               a secret at rest cannot be opened
-    ├─ CopyFailed               a copy from one database to another did not come to its end; exit code 1
+    ├─ CopyFailed               a copy of a database did not come to its end; exit code 1
     └─ StoreError               the database did not take it: nothing was acknowledged (503)
        └─ Collision             another relay's transaction was in the way
 

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import signal
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,17 +13,20 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich import progress as bar
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Column, Table
 
 from relay import signature
 from relay.app import PATIENCE, wall_clock
 from relay.config import load_config
+from relay.errors import ConfigError, CopyFailed
 from relay.key import Key, Scope, hash_of, id_of, new_key
 from relay.keyring import KeyRing
 from relay.rekey import rekey as rekey_database
 from relay.store import Store, open_database, store_on
 from relay.store.audit import Entry
+from relay.store.backup import backup as copy_file
 from relay.store.migrate import migrate
 from relay.store.tables import check_whole
 from relay.tenant import DEFAULT, NAME
@@ -155,6 +160,39 @@ def rekey(config: Config = None) -> None:
     if complaints:
         raise typer.Exit(1)
     out.print("Every secret is sealed with the newest secret_key.")
+
+
+def backup(
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="A new file; none is overwritten.")],
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy the SQLite database to a file, checked; a relay may run on it meanwhile."""
+    url = load_config(config).database
+    if not url.startswith("sqlite:///"):
+        raise ConfigError("database: is no SQLite file: PostgreSQL has pg_dump for this (docs/operating.md)")
+    # Killed at any moment it leaves no file of this name.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    columns = (bar.TextColumn("{task.description}"), bar.BarColumn(), bar.TimeRemainingColumn())
+    with bar.Progress(*columns, console=err, disable=as_json or not err.is_terminal) as bars:
+        task = bars.add_task("copying", total=None)
+
+        def show(done: int, total: int) -> None:
+            # What is left after the last page is to read it all again.
+            doing = "copying" if done < total else "checking"
+            bars.update(task, description=doing, completed=done, total=total)
+
+        began = time.monotonic()
+        try:
+            size = copy_file(Path(url.removeprefix("sqlite:///")), target, show=show)
+        except CopyFailed as error:
+            err.print(f"[red]relay:[/] {escape(str(error))}", **_PLAIN)
+            raise typer.Exit(1) from error
+    if as_json:
+        seconds = round(time.monotonic() - began, 1)
+        out.print_json(json.dumps({"file": str(target), "bytes": size, "seconds": seconds}))
+        return
+    out.print(f"{escape(str(target))}: {decimal(size)}, whole and checked.", **_PLAIN)
 
 
 def _with_store(config: Path | None, work: Callable[[Store], Awaitable[T]]) -> T:

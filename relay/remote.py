@@ -46,11 +46,26 @@ class Remote:
     def call(
         self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None
     ) -> Any:
+        answer = self.ask(method, path, query=query, body=body)
+        if answer.is_success:
+            return answer.json() if answer.content else {}
+        try:
+            problem = answer.json()
+            details = [f"{one['field']}: {one['message']}" for one in problem.get("errors", [])]
+            said = "\n".join(details or [str(problem["detail"])])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            said = f"answered {answer.status_code}; is this a relay?"
+        _fail(said)
+
+    def ask(
+        self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None
+    ) -> httpx.Response:
+        """The answer, also when it is a refusal."""
         given = {name: value for name, value in (query or {}).items() if value is not None}
         headers = {"authorization": f"Bearer {self.key}"}
         try:
             # Waiting answers take as long as they were told to, and a little.
-            answer = httpx.request(
+            return httpx.request(
                 method,
                 self.url.rstrip("/") + path,
                 params=given,
@@ -61,15 +76,6 @@ class Remote:
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             _fail(f"{self.url} cannot be reached: {error}")
-        if answer.is_success:
-            return answer.json() if answer.content else {}
-        try:
-            problem = answer.json()
-            details = [f"{one['field']}: {one['message']}" for one in problem.get("errors", [])]
-            said = "\n".join(details or [str(problem["detail"])])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            said = f"answered {answer.status_code}; is this a relay?"
-        _fail(said)
 
 
 def track(

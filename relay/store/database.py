@@ -56,6 +56,10 @@ class Database(Protocol):
     async def probe(self) -> None:
         """Raises StoreError when it would not take a write now."""
 
+    async def free(self) -> int | None:
+        """Bytes that are left for it to grow into; None where that cannot be seen from here. Raises
+        StoreError."""
+
     async def close(self) -> None: ...
 
 

@@ -132,6 +132,9 @@ class PostgreSQL:
                 log.info("database.deaf: %s", why(error))
             await asyncio.sleep(_LISTEN_AGAIN)
 
+    async def free(self) -> int | None:
+        return None
+
     async def probe(self) -> None:
         async with self.write() as tx:
             await tx.execute("UPDATE tenants SET id = id WHERE id = ''")

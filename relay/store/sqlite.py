@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import os
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -32,7 +33,7 @@ class SQLite:
     finds_table = "SELECT name FROM sqlite_master WHERE type = 'table' AND name = :name"
 
     def __init__(self, path: Path, connections: Sequence[aiosqlite.Connection], lock: IO[str] | None) -> None:
-        self.name = str(path)
+        self.name, self._directory = str(path), path.resolve().parent
         self._writer, self._reader, self._browser = connections
         self._connections, self._lock = connections, lock
         self._locks = {connection: asyncio.Lock() for connection in connections}
@@ -74,6 +75,13 @@ class SQLite:
     async def probe(self) -> None:
         async with self.write() as tx:
             await tx.execute("UPDATE tenants SET id = id WHERE id = ''")
+
+    async def free(self) -> int | None:
+        try:
+            disk = await asyncio.to_thread(os.statvfs, self._directory)
+        except OSError as error:
+            raise StoreError(f"the database has no directory: {error}") from error
+        return disk.f_bavail * disk.f_frsize
 
     @asynccontextmanager
     async def write(self, *, exclusive: bool = False) -> AsyncIterator[Transaction]:

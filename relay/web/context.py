@@ -14,6 +14,7 @@ from relay.hold import Holder
 from relay.ingest import Ingest
 from relay.limit import Limit
 from relay.poll import Poller
+from relay.pulse import Pulse
 from relay.redact import Redactor
 from relay.roster import Roster
 from relay.shard import Held
@@ -25,7 +26,8 @@ from relay.web.auth import Gate
 @dataclass(frozen=True, slots=True)
 class Relay:
     """A running relay. `watch` and `hint` return when the group they were written in is durable. Tests are
-    limited for each endpoint, replays for each tenant. Logs and refusals go through `redactor`."""
+    limited for each endpoint, replays for each tenant. Logs and refusals go through `redactor`. `pulse`
+    knows which of its loops are alive."""
 
     settings: Settings
     store: Store
@@ -41,6 +43,7 @@ class Relay:
     gate: Gate
     test_limit: Limit
     replay_limit: Limit
+    pulse: Pulse
     redactor: Redactor
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]

@@ -191,7 +191,8 @@ def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:
         "/readyz": {
             "get": {
                 "operationId": "ready",
-                "summary": "The database takes writes, has its migrations, and the clock is right",
+                "summary": "The database takes writes, has room and its migrations, the clock is right, and"
+                " every loop beats",
                 "tags": ["health"],
                 "security": [],
                 "responses": {

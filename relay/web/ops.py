@@ -1,6 +1,7 @@
 """For operators and readers: health, the OpenAPI document and its page."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import groupby
 
@@ -13,10 +14,11 @@ from relay.body import compact
 from relay.errors import ConfigError, StoreError
 from relay.signature import TOLERANCE
 from relay.store.migrate import pending
-from relay.web.context import State
+from relay.web.context import Relay, State
 from relay.web.openapi import document
 from relay.web.operation import Operation
 
+MEBIBYTE = 1024 * 1024
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _CSP = f"{_NOTHING}; style-src 'unsafe-inline'"
 
@@ -27,7 +29,8 @@ async def live(request: Request) -> Response:
 
 
 async def ready(request: Request[State]) -> Response:
-    """Whether the database takes writes, has its migrations, and the clock is right enough to sign with."""
+    """Whether the database takes writes and has room and its migrations, the clock is right enough to sign
+    with, and every loop beats."""
     relay = request.state["relay"]
     checks = {"database": "ok", "migrations": "ok", "clock": "ok"}
     try:
@@ -42,8 +45,22 @@ async def ready(request: Request[State]) -> Response:
     skew = relay.asker.skew
     if skew is not None and abs(skew) > TOLERANCE * 1000:
         checks["clock"] = f"{skew / 1000:+.0f} s off the providers': subscribers refuse what is signed so"
+    checks |= await _disk(relay)
+    for loop, silent in relay.pulse.silent(time.monotonic()).items():
+        checks[loop] = "ok" if silent is None else f"has not come to its end for {silent:.0f} s"
     good = all(verdict == "ok" for verdict in checks.values())
     return JSONResponse({"status": "ok" if good else "failing", "checks": checks}, 200 if good else 503)
+
+
+async def _disk(relay: Relay) -> Mapping[str, str]:
+    try:
+        free, least = await relay.store.database.free(), relay.settings.min_free
+    except StoreError:
+        return {"disk": "cannot be seen"}
+    if free is None:
+        return {}
+    enough = free >= least
+    return {"disk": "ok" if enough else f"{free // MEBIBYTE} MiB are left, below min_free"}
 
 
 def routes(operations: Sequence[Operation]) -> list[Route]:

@@ -231,6 +231,11 @@ class EndpointResource(Resource):
     metadata: Mapping[str, Any]
     status: Literal["enabled", "disabled"]
     disabled_reason: str | None
+    disabled_at: Time | None
+    failing_since: Time | None = Field(description="Every attempt since then has failed.")
+    previous_secret_expires_at: Time | None = Field(
+        description="Until when the secrets before the last rotation sign too; it may have passed."
+    )
     created_at: Time
     updated_at: Time
 
@@ -252,6 +257,7 @@ class EndpointWithSecret(EndpointResource):
 
 
 def _endpoint(one: endpoint.Endpoint, *, to_admin: bool) -> dict[str, Any]:
+    previous = max((secret.expires_at or 0 for secret in one.secrets), default=0)
     return {
         "id": one.id,
         "url": one.url,
@@ -267,6 +273,9 @@ def _endpoint(one: endpoint.Endpoint, *, to_admin: bool) -> dict[str, Any]:
         "metadata": one.metadata,
         "status": "disabled" if one.disabled_at is not None else "enabled",
         "disabled_reason": one.disabled_reason,
+        "disabled_at": rfc3339(one.disabled_at) if one.disabled_at is not None else None,
+        "failing_since": rfc3339(one.failing_since) if one.failing_since is not None else None,
+        "previous_secret_expires_at": rfc3339(previous) if previous else None,
         "created_at": rfc3339(one.created_at),
         "updated_at": rfc3339(one.updated_at),
     }
