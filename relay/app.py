@@ -27,6 +27,7 @@ from relay.ingest import Ingest
 from relay.key import Key, Scope, hash_of, new_key
 from relay.keyring import KeyRing
 from relay.limit import Limit
+from relay.metrics import Metrics
 from relay.poll import Poller
 from relay.prune import prune
 from relay.redact import Redactor
@@ -55,6 +56,7 @@ RETRY_TICK = 0.25
 BEAT = 2
 PRUNE_TICK = 3600
 KEYS_TICK = 60
+LAG_TICK = 0.5
 # A tick whose store takes nothing beats slower and slower: of so many beats at least one is tried.
 LONGEST_REST = 8
 # A database that is not there yet is waited for; seconds.
@@ -163,6 +165,7 @@ async def running(
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
         await relay.holder.start()
+        stack.callback(asyncio.create_task(_feel_the_loop(relay.metrics)).cancel)
         metronome = _metronome(relay)
         stack.callback(metronome.shutdown, wait=False)
         stack.push_async_callback(relay.bell.flush)
@@ -208,7 +211,7 @@ def _assemble(
     redactor: Redactor,
     now: Callable[[], int],
 ) -> Relay:
-    held, name = Held(), new_id("rly", now())
+    held, name, metrics = Held(), new_id("rly", now()), Metrics(settings.accounts)
     bell = Bell(store.database, relay=name)
 
     def check_base_url(url: str) -> None:
@@ -229,6 +232,7 @@ def _assemble(
         shards=held,
         ring=bell.ring,
         renew=Renewer(store, look=look, now=now).renew,
+        metrics=metrics,
         now=now,
     )
     ingest = Ingest(
@@ -236,6 +240,7 @@ def _assemble(
         handoff=deliverer.handoff,
         accept=deliverer.accept,
         progress_interval=settings.delivery.progress_interval,
+        metrics=metrics,
         now=now,
     )
 
@@ -248,6 +253,7 @@ def _assemble(
         ring=bell.ring,
         record=ingest.record,
         changed=ingest.account_changed,
+        metrics=metrics,
         now=now,
     )
 
@@ -301,8 +307,9 @@ def _assemble(
         test_limit=Limit(TESTS_A_MINUTE / 60, TESTS_A_MINUTE),
         replay_limit=Limit(REPLAYS_A_SECOND, REPLAYS_AT_ONCE),
         redactor=redactor,
-        watch=Batch(store.generations.create),
-        hint=Batch(hint),
+        watch=Batch(store.generations.create, observed=metrics.written("watch")),
+        hint=Batch(hint, observed=metrics.written("hint")),
+        metrics=metrics,
         now=now,
     )
 
@@ -354,6 +361,15 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
     scheduler.add_job(_steady("keys", relay.gate.write_down, longest_rest=1), "interval", seconds=KEYS_TICK)
     scheduler.start()
     return scheduler
+
+
+async def _feel_the_loop(metrics: Metrics) -> None:
+    """How late what is due begins, again and again."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        due = clock() + LAG_TICK
+        await asyncio.sleep(LAG_TICK)
+        metrics.loop_lagged(max(0.0, clock() - due))
 
 
 def _steady(

@@ -121,6 +121,11 @@ class RetentionSettings(_Section):
     audit: Duration = 365 * 86_400_000
 
 
+class MetricsSettings(_Section):
+    token: Annotated[str, AfterValidator(_sendable)] | None = Field(default=None, repr=False)
+    allow: tuple[IPvAnyNetwork, ...] = ()
+
+
 class Settings(_Section):
     """The whole configuration; `config.example.yaml` says what each key means."""
 
@@ -138,6 +143,7 @@ class Settings(_Section):
     delivery: DeliverySettings = DeliverySettings()
     network: NetworkSettings = NetworkSettings()
     retention: RetentionSettings = RetentionSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @property
     def secret_keys(self) -> tuple[str, ...]:

@@ -56,6 +56,10 @@ class Database(Protocol):
     async def probe(self) -> None:
         """Raises StoreError when it would not take a write now."""
 
+    async def sizes(self) -> Mapping[str, int]:
+        """Bytes: `main` of the database, and where it has such, `wal` of what is written beside it and `free`
+        of what is unused in it."""
+
     async def close(self) -> None: ...
 
 

@@ -136,6 +136,11 @@ class PostgreSQL:
         async with self.write() as tx:
             await tx.execute("UPDATE tenants SET id = id WHERE id = ''")
 
+    async def sizes(self) -> Mapping[str, int]:
+        async with self.read() as tx:
+            [row] = await tx.fetch("SELECT pg_database_size(current_database()) AS bytes")
+        return {"main": row["bytes"]}
+
     @asynccontextmanager
     async def write(self, *, exclusive: bool = False) -> AsyncIterator[Transaction]:
         async with self._connection() as connection:

@@ -3,7 +3,7 @@
 import asyncio
 import fcntl
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar, cast
@@ -33,6 +33,8 @@ class SQLite:
 
     def __init__(self, path: Path, connections: Sequence[aiosqlite.Connection], lock: IO[str] | None) -> None:
         self.name = str(path)
+        # SQLite puts it beside the file itself, whatever link it was opened by.
+        self._wal = path.resolve().with_name(f"{path.resolve().name}-wal")
         self._writer, self._reader, self._browser = connections
         self._connections, self._lock = connections, lock
         self._locks = {connection: asyncio.Lock() for connection in connections}
@@ -74,6 +76,14 @@ class SQLite:
     async def probe(self) -> None:
         async with self.write() as tx:
             await tx.execute("UPDATE tenants SET id = id WHERE id = ''")
+
+    async def sizes(self) -> Mapping[str, int]:
+        async with self.read(browse=True) as tx:
+            [[pages], [free], [size]] = [
+                (await tx.fetch(f"PRAGMA {name}"))[0]
+                for name in ("page_count", "freelist_count", "page_size")
+            ]
+        return {"main": pages * size, "free": free * size, "wal": _size(self._wal)}
 
     @asynccontextmanager
     async def write(self, *, exclusive: bool = False) -> AsyncIterator[Transaction]:
@@ -167,6 +177,13 @@ async def _connect(path: Path) -> aiosqlite.Connection:
     connection = await aiosqlite.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
     connection.row_factory = sqlite3.Row
     return connection
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _lock(path: Path) -> IO[str]:

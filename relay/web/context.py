@@ -13,6 +13,7 @@ from relay.deliver import Deliverer
 from relay.hold import Holder
 from relay.ingest import Ingest
 from relay.limit import Limit
+from relay.metrics import Metrics
 from relay.poll import Poller
 from relay.redact import Redactor
 from relay.roster import Roster
@@ -42,6 +43,7 @@ class Relay:
     test_limit: Limit
     replay_limit: Limit
     redactor: Redactor
+    metrics: Metrics
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]
     now: Callable[[], int]

@@ -16,6 +16,7 @@ from relay.store.migrate import pending
 from relay.web.context import State
 from relay.web.openapi import document
 from relay.web.operation import Operation
+from relay.web.scrape import Scraper
 
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _CSP = f"{_NOTHING}; style-src 'unsafe-inline'"
@@ -67,6 +68,7 @@ def routes(operations: Sequence[Operation]) -> list[Route]:
     return [
         Route("/healthz", live),
         Route("/readyz", ready),
+        Route("/metrics", Scraper().answer),
         Route("/openapi.json", openapi),
         Route("/docs", docs),
     ]
