@@ -54,7 +54,8 @@ log = logging.getLogger(__name__)
 POLL_TICK = 0.25
 RETRY_TICK = 0.25
 BEAT = 2
-PRUNE_TICK = 3600
+PRUNE_TICK = 300
+TIDY_TICK = 5
 KEYS_TICK = 60
 LAG_TICK = 0.5
 # A tick whose store takes nothing beats slower and slower: of so many beats at least one is tried.
@@ -340,14 +341,22 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
         timezone="UTC", job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
     )
     retention = relay.settings.retention
+    looked_through: dict[str, str] = {}
+
+    def prunes() -> bool:
+        return relay.shards.covers("retention", relay.now())
 
     async def remove_old() -> None:
-        if relay.shards.covers("retention", relay.now()):
+        if prunes():
             await prune(
                 relay.store,
                 events=retention.events,
                 attempts=retention.attempts,
                 audit=retention.audit,
+                bodies=retention.bodies,
+                looked_through=looked_through,
+                goes_on=prunes,
+                observed=relay.metrics.pruned,
                 now=relay.now(),
             )
 
@@ -357,6 +366,9 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
     if not relay.store.database.alone:
         beat = _steady("hold", relay.holder.beat, longest_rest=1)
         scheduler.add_job(beat, "interval", seconds=BEAT)
+    else:
+        tidy = _steady("tidy", relay.store.database.tidy, longest_rest=1)
+        scheduler.add_job(tidy, "interval", seconds=TIDY_TICK)
     scheduler.add_job(_steady("prune", remove_old, longest_rest=1), "interval", seconds=PRUNE_TICK)
     scheduler.add_job(_steady("keys", relay.gate.write_down, longest_rest=1), "interval", seconds=KEYS_TICK)
     scheduler.start()

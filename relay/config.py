@@ -118,6 +118,7 @@ class NetworkSettings(_Section):
 class RetentionSettings(_Section):
     events: Duration = 30 * 86_400_000
     attempts: Duration = 30 * 86_400_000
+    bodies: Duration = 30 * 86_400_000
     audit: Duration = 365 * 86_400_000
 
 

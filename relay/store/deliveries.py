@@ -260,7 +260,7 @@ _DESTINATIONS = """
 _COUNTED = """
     SELECT COUNT(*) AS open, SUM(CASE WHEN due_at <= :now THEN 1 ELSE 0 END) AS due FROM (
         SELECT due_at FROM deliveries WHERE due_at IS NOT NULL ORDER BY destination, due_at LIMIT :most
-    ) AS some
+    ) AS counted
 """
 _OLDEST = """
     WITH RECURSIVE lanes(destination) AS (

@@ -50,9 +50,9 @@ async def _admit(relay: Relay, request: Request[State]) -> None:
         return
     token = relay.settings.metrics.token
     scheme, _, text = request.headers.get("authorization", "").partition(" ")
-    if token is not None and scheme.lower() == "bearer":
-        if hmac.compare_digest(hash_of(text.strip()), hash_of(token)):
-            return
+    has_token = token is not None and hmac.compare_digest(hash_of(text.strip()), hash_of(token))
+    if has_token and scheme.lower() == "bearer":
+        return
     caller = await relay.gate.admit(request)
     if not (caller.is_admin and caller.tenant == DEFAULT):
         raise Forbidden("this needs metrics.token of the configuration, or a key of the operator")
