@@ -27,6 +27,7 @@ from relay.ingest import Ingest
 from relay.key import Key, Scope, hash_of, new_key
 from relay.keyring import KeyRing
 from relay.limit import Limit
+from relay.metrics import Metrics
 from relay.poll import Poller
 from relay.prune import prune
 from relay.pulse import Pulse
@@ -54,8 +55,10 @@ log = logging.getLogger(__name__)
 POLL_TICK = 0.25
 RETRY_TICK = 0.25
 BEAT = 2
-PRUNE_TICK = 3600
+PRUNE_TICK = 60
+TIDY_TICK = 5
 KEYS_TICK = 60
+LAG_TICK = 0.5
 # A tick whose store takes nothing beats slower and slower: of so many beats at least one is tried.
 LONGEST_REST = 8
 # A database that is not there yet is waited for; seconds.
@@ -164,6 +167,7 @@ async def running(
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
         await relay.holder.start()
+        stack.callback(asyncio.create_task(_feel_the_loop(relay.metrics)).cancel)
         metronome = _metronome(relay)
         stack.callback(metronome.shutdown, wait=False)
         stack.push_async_callback(relay.bell.flush)
@@ -209,7 +213,7 @@ def _assemble(
     redactor: Redactor,
     now: Callable[[], int],
 ) -> Relay:
-    held, name = Held(), new_id("rly", now())
+    held, name, metrics = Held(), new_id("rly", now()), Metrics(settings.accounts)
     bell = Bell(store.database, relay=name)
 
     def check_base_url(url: str) -> None:
@@ -230,6 +234,7 @@ def _assemble(
         shards=held,
         ring=bell.ring,
         renew=Renewer(store, look=look, now=now).renew,
+        metrics=metrics,
         now=now,
     )
     ingest = Ingest(
@@ -237,6 +242,7 @@ def _assemble(
         handoff=deliverer.handoff,
         accept=deliverer.accept,
         progress_interval=settings.delivery.progress_interval,
+        metrics=metrics,
         now=now,
     )
 
@@ -249,6 +255,7 @@ def _assemble(
         ring=bell.ring,
         record=ingest.record,
         changed=ingest.account_changed,
+        metrics=metrics,
         now=now,
     )
 
@@ -303,8 +310,9 @@ def _assemble(
         replay_limit=Limit(REPLAYS_A_SECOND, REPLAYS_AT_ONCE),
         pulse=Pulse(),
         redactor=redactor,
-        watch=Batch(store.generations.create),
-        hint=Batch(hint),
+        watch=Batch(store.generations.create, observed=metrics.written("watch")),
+        hint=Batch(hint, observed=metrics.written("hint")),
+        metrics=metrics,
         now=now,
     )
 
@@ -335,14 +343,24 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
         timezone="UTC", job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
     )
     retention = relay.settings.retention
+    looked_through: dict[str, str] = {}
+
+    def prunes() -> bool:
+        # To remove much may take hours.
+        relay.pulse.beat("prune", time.monotonic())
+        return relay.shards.covers("retention", relay.now())
 
     async def remove_old() -> None:
-        if relay.shards.covers("retention", relay.now()):
+        if prunes():
             await prune(
                 relay.store,
                 events=retention.events,
                 attempts=retention.attempts,
                 audit=retention.audit,
+                bodies=retention.bodies,
+                looked_through=looked_through,
+                goes_on=prunes,
+                observed=relay.metrics.pruned,
                 now=relay.now(),
             )
 
@@ -362,10 +380,21 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
     every(RETRY_TICK, "deliver", relay.deliverer.tick)
     if not relay.store.database.alone:
         every(BEAT, "hold", relay.holder.beat, longest_rest=1)
+    else:
+        every(TIDY_TICK, "tidy", relay.store.database.tidy, longest_rest=1)
     every(PRUNE_TICK, "prune", remove_old, longest_rest=1)
     every(KEYS_TICK, "keys", relay.gate.write_down, longest_rest=1)
     scheduler.start()
     return scheduler
+
+
+async def _feel_the_loop(metrics: Metrics) -> None:
+    """How late what is due begins, again and again."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        due = clock() + LAG_TICK
+        await asyncio.sleep(LAG_TICK)
+        metrics.loop_lagged(max(0.0, clock() - due))
 
 
 def _steady(

@@ -126,7 +126,13 @@ class NetworkSettings(_Section):
 class RetentionSettings(_Section):
     events: Duration = 30 * 86_400_000
     attempts: Duration = 30 * 86_400_000
+    bodies: Duration = 30 * 86_400_000
     audit: Duration = 365 * 86_400_000
+
+
+class MetricsSettings(_Section):
+    token: Annotated[str, AfterValidator(_sendable)] | None = Field(default=None, repr=False)
+    allow: tuple[IPvAnyNetwork, ...] = ()
 
 
 class Settings(_Section):
@@ -147,6 +153,7 @@ class Settings(_Section):
     delivery: DeliverySettings = DeliverySettings()
     network: NetworkSettings = NetworkSettings()
     retention: RetentionSettings = RetentionSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @property
     def secret_keys(self) -> tuple[str, ...]:

@@ -17,15 +17,17 @@ from uuid import uuid4
 
 from relay import event, signature
 from relay.batch import Batch, insist
-from relay.breaker import Breaker
+from relay.breaker import Breaker, State
 from relay.delivery import Answer, Claimed, Code, Settlement, settle
 from relay.errors import StoreError
 from relay.lane import PATIENCE, Lane
+from relay.metrics import Metrics
 from relay.redact import Redactor, credentials, traces
 from relay.sender import Sender
 from relay.shard import Held, shard_of
 from relay.store import Store
 from relay.store.events import Handoff
+from relay.times import rfc3339
 
 log = logging.getLogger(__name__)
 LEASE = 45_000
@@ -63,15 +65,17 @@ class Deliverer:
         shards: Held,
         ring: Callable[[str, int | str], None],
         renew: Callable[[str, int], Awaitable[bool]],
+        metrics: Metrics,
         now: Callable[[], int],
     ) -> None:
         self._store, self._sender, self._renewal, self._now = store, sender, renew, now
+        self._metrics = metrics
         self._shards, self._ring = shards, ring
         self._schedule, self._timeout = schedule, timeout
         self._concurrency, self._most = concurrency, endpoint_concurrency
         self._retry_slots = max(1, concurrency * 3 // 4)
         self._unproven_slots = max(1, concurrency // 2)
-        self._settle: Batch[Settlement, None] = Batch(self._write)
+        self._settle: Batch[Settlement, None] = Batch(self._write, observed=metrics.written("settle"))
         self._give_back: Batch[tuple[Claimed, int], None] = Batch(self._postpone)
         self._lanes: dict[str, Lane] = {}
         self._ready: deque[str] = deque()
@@ -249,6 +253,16 @@ class Deliverer:
                 log.error("delivery.not_given_back: %s", error)
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    def breakers(self) -> Mapping[State, int]:
+        """How many of the destinations that it remembers are in which state."""
+        now = self._now()
+        return Counter(lane.breaker.state(now) for lane in self._lanes.values())
+
+    @property
+    def in_hand(self) -> tuple[int, int]:
+        """How many deliveries wait in memory, and how many are being sent."""
+        return self._held - self._sending, self._sending
 
     @property
     def _lease(self) -> int:
@@ -474,6 +488,7 @@ class Deliverer:
         outcome = settle(
             one, answer, schedule=schedule, now=self._now(), spread=_spread(), endpoint_is_well=news
         )
+        self._metrics.settled(one, outcome)
         await self._keep_settling(one, outcome)
         log.info("delivery.attempted", extra=_line(one, outcome))
 
@@ -511,13 +526,20 @@ def _spread() -> float:
 
 def _line(one: Claimed, outcome: Settlement) -> Mapping[str, object]:
     """The one wide line of an attempt."""
+    answer = outcome.answer
     return {
         "delivery": one.id,
         "event_id": one.event_id,
+        "type": one.event_type,
+        "generation": one.generation_id,
         "endpoint": one.endpoint_id,
         "attempt": outcome.number,
+        "trigger": one.trigger.value,
         "status": outcome.status.value,
-        "response": outcome.answer.status,
-        "code": outcome.answer.code,
-        "ms": outcome.answer.duration_ms,
+        "response": answer.status,
+        "code": answer.code,
+        "bytes": len(one.body),
+        "ms": answer.duration_ms,
+        "since_event_ms": answer.started_at - one.event_at,
+        "again_at": rfc3339(outcome.due_at) if outcome.due_at is not None else None,
     }

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from relay.batch import Batch
@@ -11,6 +11,7 @@ from relay.errors import Refused
 from relay.event import ENDINGS, UNKNOWN_STATUS, Event, account_failing, account_recovered, news
 from relay.generation import Generation
 from relay.health import Health, Status
+from relay.metrics import Metrics
 from relay.providers import Account
 from relay.schedule import Report
 from relay.store import Store
@@ -32,12 +33,15 @@ class Ingest:
         handoff: Callable[[], Handoff],
         accept: Callable[[Sequence[Claimed], Handoff], None],
         progress_interval: int,
+        metrics: Metrics,
         now: Callable[[], int],
     ) -> None:
         self._store, self._handoff, self._accept, self._now = store, handoff, accept, now
-        self._progress_interval = progress_interval
-        self._batch: Batch[Report, Generation | None] = Batch(self._write)
-        self._published: Batch[Publication, Sequence[Event] | Refused] = Batch(self._publish)
+        self._progress_interval, self._metrics = progress_interval, metrics
+        self._batch: Batch[Report, Generation | None] = Batch(self._write, observed=metrics.written("record"))
+        self._published: Batch[Publication, Sequence[Event] | Refused] = Batch(
+            self._publish, observed=metrics.written("publish")
+        )
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self._stopping = False
 
@@ -145,10 +149,13 @@ class Ingest:
         for before, after in moves:
             _log(before, after)
         for event in fresh:
+            generation = current[event.generation_id or ""]
             if event.type == UNKNOWN_STATUS:
-                _warn(current[event.generation_id or ""])
+                _warn(generation)
             if event.type in ENDINGS.values():
-                self._ring(event.generation_id or "")
+                self._metrics.ended(generation)
+                log.info("generation.ended", extra=_line(generation, event))
+                self._ring(generation.id)
         return [current.get(report.generation_id) for report in reports]
 
     def _news(self, before: Generation, after: Generation, now: int) -> Sequence[Event]:
@@ -159,8 +166,33 @@ class Ingest:
             bell.set()
 
 
+def _line(generation: Generation, event: Event) -> Mapping[str, object]:
+    """The one wide line of a generation that has ended."""
+    update, known_at = generation.update, generation.known_at or 0
+    ended_at = update.completed_at if update is not None else None
+    return {
+        "generation": generation.id,
+        "event_id": event.id,
+        "provider": generation.provider,
+        "account": generation.account,
+        "job": generation.job_id,
+        "status": generation.status.value,
+        "provider_status": update.provider_status if update is not None else None,
+        "model": update.model if update is not None else None,
+        "outputs": len(update.outputs) if update is not None else 0,
+        "code": update.error.code.value if update is not None and update.error is not None else None,
+        "learned_by": generation.learned_by,
+        "late": generation.late,
+        "asks": generation.asks + 1,
+        "hints": generation.hints,
+        "watched_ms": known_at - generation.created_at,
+        "known_lag_ms": max(0, known_at - ended_at) if ended_at is not None else None,
+        "unknown_ms": known_at - generation.open_at if generation.open_at is not None else None,
+    }
+
+
 def _log(before: Generation, after: Generation) -> None:
-    if after.status is not before.status:
+    if after.status is not before.status and not after.ended:
         log.info(
             "generation.moved",
             extra={

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from uuid import uuid4
 
@@ -16,6 +16,7 @@ from relay.generation import ENDINGS, OPEN, Generation, LearnedBy, Update
 from relay.health import Health, Status
 from relay.hints import pause
 from relay.ledger import BEFORE_LOSS, Ledger
+from relay.metrics import Metrics
 from relay.providers import Account
 from relay.roster import Roster
 from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask, sightings
@@ -50,9 +51,10 @@ class Poller:
         ring: Callable[[str, int], None],
         record: Callable[[Report], Coroutine[None, None, Generation | None]],
         changed: Callable[[Account, Health], Coroutine[None, None, None]],
+        metrics: Metrics,
         now: Callable[[], int],
     ) -> None:
-        self._store, self._asker, self._roster = store, asker, roster
+        self._store, self._asker, self._roster, self._metrics = store, asker, roster, metrics
         self._shards, self._ring, self._record, self._now = shards, ring, record, now
         self._ledger = Ledger(
             store,
@@ -73,6 +75,10 @@ class Poller:
     def standing(self, account: Account) -> Standing:
         """How an account stands, as far as this relay knows."""
         return self._ledger.standing(account)
+
+    def held(self) -> Mapping[str, Standing]:
+        """How the accounts stand that this relay asks with."""
+        return self._ledger.held()
 
     async def resume(self) -> None:
         """Goes on where the last relay stopped: budgets, health, and what its generations have taught."""
@@ -275,8 +281,10 @@ class Poller:
             standing.budget.hear(reply.status, reply.headers, self._now())
             update = self._asker.read(account, reply)
         except ProviderError as error:
+            self._metrics.asked(account.provider.name, account.name, error)
             await self._ledger.learn(account, error)
             raise
+        self._metrics.asked(account.provider.name, account.name, None)
         await self._ledger.learn(account, None)
         return update
 

@@ -1,35 +1,83 @@
-"""Retention: removes what has ended and is old, a little at a time."""
+"""Retention: removes what has ended and is old, a little at a time, and gives its space back."""
 
+import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Protocol
 
 from relay.store import Store
+from relay.store.retention import Step
 
 log = logging.getLogger(__name__)
-_BATCH = 500
 _IDEMPOTENCY = 86_400_000
+# A step is made as large as the database does within so many seconds, and is followed by a rest so many times
+# as long: whoever delivers meanwhile waits for one step at most, and seldom.
+STEP_SECONDS, REST = 0.02, 3
+_FEWEST, _FIRST, _MOST = 20, 100, 500
+# Of what has become free in a database's file, so much is given back in one step.
+PAGES = 128
 
 
-async def prune(store: Store, *, events: int, attempts: int, audit: int, now: int) -> int:
-    """Removes what is older than `events`, `attempts` and `audit` (milliseconds) and not on its way any more.
+class _Remove(Protocol):
+    def __call__(self, *, limit: int, after: str) -> Awaitable[Step]: ...
 
-    Idempotency keys go after a day. Returns how many rows went.
+
+async def prune(
+    store: Store,
+    *,
+    events: int,
+    attempts: int,
+    audit: int,
+    now: int,
+    bodies: int | None = None,
+    looked_through: dict[str, str] | None = None,
+    goes_on: Callable[[], bool] = lambda: True,
+    observed: Callable[[str, int, float], None] = lambda kind, rows, seconds: None,
+) -> int:
+    """Removes what is older than `events`, `attempts` and `audit` (milliseconds) and not on its way any more;
+    of attempts older than `bodies` what was answered. Idempotency keys go after a day.
+
+    It takes its time; before every step it asks whether it `goes_on`, and after it tells what kind it removed
+    how many rows of in how many seconds. `looked_through` remembers from one call to the next where bodies
+    are left. Returns how many rows went.
     """
-    retention = store.retention
-    return (
-        await _drain(partial(retention.remove_attempts, before=now - attempts, limit=_BATCH))
-        + await _drain(partial(retention.remove_events, before=now - events, limit=_BATCH))
-        + await _drain(partial(retention.remove_generations, before=now - events, limit=_BATCH))
-        + await _drain(partial(retention.remove_audit, before=now - audit, limit=_BATCH))
-        + await _drain(partial(retention.remove_idempotency_keys, before=now - _IDEMPOTENCY, limit=_BATCH))
-    )
-
-
-async def _drain(remove: Callable[[], Awaitable[int]]) -> int:
-    total = 0
-    while removed := await remove():
-        total += removed
-        if removed < _BATCH:
+    retention, total, rows = store.retention, 0, _FIRST
+    kinds: dict[str, _Remove] = {
+        "attempts": partial(retention.remove_attempts, before=now - attempts),
+        "events": partial(retention.remove_events, before=now - events),
+        "generations": partial(retention.remove_generations, before=now - events),
+        "audit": partial(retention.remove_audit, before=now - audit),
+        "idempotency_keys": partial(retention.remove_idempotency_keys, before=now - _IDEMPOTENCY),
+    }
+    if bodies is not None and bodies < attempts:
+        kinds["bodies"] = partial(retention.forget_bodies, before=now - bodies)
+    seen = looked_through if looked_through is not None else {}
+    for kind, remove in kinds.items():
+        after: str | None = seen.get(kind, "")
+        while after is not None and goes_on():
+            begun = time.perf_counter()
+            step = await remove(limit=rows, after=after)
+            took = time.perf_counter() - begun
+            observed(kind, step.removed, took)
+            total, after = total + step.removed, step.after
+            if after is not None and kind == "bodies":
+                seen[kind] = after
+            rows = _next_rows(rows, took)
+            await asyncio.sleep(REST * took)
+    while goes_on():
+        begun = time.perf_counter()
+        if not await store.database.shrink(PAGES):
             break
+        await asyncio.sleep(REST * (time.perf_counter() - begun))
+    if total:
+        log.info("retention.removed", extra={"rows": total})
     return total
+
+
+def _next_rows(rows: int, took: float) -> int:
+    """How many rows the next step looks at, by how many seconds the last one took."""
+    if took > STEP_SECONDS:
+        return max(_FEWEST, rows // 2)
+    return min(_MOST, rows * 2) if took < STEP_SECONDS / 2 else rows

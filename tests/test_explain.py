@@ -315,6 +315,18 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
             indexes={"deliveries_due"},
         ),
     ),
+    "what is open": (
+        lambda store: store.deliveries.backlog(now=NOW, most=1000),
+        Expected(
+            {
+                "SCAN deliveries",  # of the index, up to so many
+                "SEARCH d (destination>?)",
+                "SEARCH d (destination=? AND due_at>?)",
+            },
+            rows=1000,
+            indexes={"deliveries_due"},
+        ),
+    ),
     "claim generations": (
         lambda store: store.generations.claim({"account-1": 50, "account-2": 9, "none": 9}, **CLAIM),
         Expected(
@@ -390,7 +402,14 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
     "prune attempts": (
         lambda store: store.retention.remove_attempts(**REMOVE),
         Expected(
-            {"SEARCH a (id<?)"},
+            {"SEARCH attempts (id>? AND id<?)", "SEARCH a (id>? AND id<?)"},
+            rows=1000,
+        ),
+    ),
+    "prune bodies": (
+        lambda store: store.retention.forget_bodies(**REMOVE),
+        Expected(
+            {"SEARCH attempts (id>? AND id<?)"},
             rows=1000,
         ),
     ),
@@ -398,7 +417,7 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
         lambda store: store.retention.remove_events(**REMOVE),
         Expected(
             {
-                "SEARCH events (id<?)",
+                "SEARCH events (id>? AND id<?)",
                 "SEARCH d (event_id=?)",
                 "SEARCH deliveries (event_id=?)",
                 "SEARCH attempts (delivery_id=?)",
@@ -409,7 +428,7 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
     "prune generations": (
         lambda store: store.retention.remove_generations(**REMOVE),
         Expected(
-            {"SEARCH generations (id<?)", "SEARCH events (generation_id=?)"},
+            {"SEARCH generations (id>? AND id<?)", "SEARCH events (generation_id=?)"},
             rows=1000,
         ),
     ),
@@ -428,7 +447,7 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
     "prune the audit log": (
         lambda store: store.retention.remove_audit(**REMOVE),
         Expected(
-            {"SEARCH audit (id<?)"},
+            {"SEARCH audit (id>? AND id<?)"},
             rows=1000,
         ),
     ),

@@ -457,6 +457,8 @@ def _claimed(
                 lease=handoff.lease,
                 lease_until=handoff.lease_until,
                 expires_at=event.expires_at,
+                generation_id=event.generation_id,
+                event_at=event.created_at,
             )
         )
     return claimed

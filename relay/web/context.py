@@ -13,6 +13,7 @@ from relay.deliver import Deliverer
 from relay.hold import Holder
 from relay.ingest import Ingest
 from relay.limit import Limit
+from relay.metrics import Metrics
 from relay.poll import Poller
 from relay.pulse import Pulse
 from relay.redact import Redactor
@@ -45,6 +46,7 @@ class Relay:
     replay_limit: Limit
     pulse: Pulse
     redactor: Redactor
+    metrics: Metrics
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]
     now: Callable[[], int]

@@ -39,6 +39,7 @@ class _Hooks:
             raise HTTPException(404)
         _let_in(self._of_job.take(generation_id, relay.now()))
         claimed = _claimed(account.provider, await read_body(request))
+        relay.metrics.called_back(account.provider.name)
         log.info("callback.received", extra={"account": name, "generation": generation_id, "job": claimed})
         await relay.hint(Hint(generation_id, claimed))
         relay.poller.wake(name)
@@ -59,6 +60,7 @@ class _Hooks:
         _let_in(self._of_account.take(name, relay.now()))
         claimed = _claimed(account.provider, body)
         watching = await relay.store.generations.watching(name, claimed) if claimed is not None else []
+        relay.metrics.called_back(account.provider.name)
         log.info("callback.received", extra={"account": name, "generations": len(watching), "job": claimed})
         if watching:
             await asyncio.gather(*(relay.hint(Hint(generation_id, claimed)) for generation_id in watching))
