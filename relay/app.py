@@ -31,6 +31,7 @@ from relay.poll import Poller
 from relay.prune import prune
 from relay.redact import Redactor
 from relay.renew import Renewer
+from relay.replay import advance
 from relay.roster import Roster
 from relay.sender import Sender
 from relay.server import Server, bind, origin, use_all_files
@@ -52,6 +53,7 @@ from relay.web.problem import HANDLERS
 log = logging.getLogger(__name__)
 POLL_TICK = 0.25
 RETRY_TICK = 0.25
+REPLAY_TICK = 0.25
 BEAT = 2
 PRUNE_TICK = 3600
 KEYS_TICK = 60
@@ -344,9 +346,13 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
                 now=relay.now(),
             )
 
+    async def replay() -> None:
+        await advance(relay.store, covers=relay.shards.covers, wake=relay.deliverer.wake, now=relay.now)
+
     poll, deliver = _steady("poll", relay.poller.tick), _steady("deliver", relay.deliverer.tick)
     scheduler.add_job(poll, "interval", seconds=POLL_TICK)
     scheduler.add_job(deliver, "interval", seconds=RETRY_TICK)
+    scheduler.add_job(_steady("replay", replay), "interval", seconds=REPLAY_TICK)
     if not relay.store.database.alone:
         beat = _steady("hold", relay.holder.beat, longest_rest=1)
         scheduler.add_job(beat, "interval", seconds=BEAT)

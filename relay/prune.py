@@ -21,6 +21,7 @@ async def prune(store: Store, *, events: int, attempts: int, audit: int, now: in
         await _drain(partial(retention.remove_attempts, before=now - attempts, limit=_BATCH))
         + await _drain(partial(retention.remove_events, before=now - events, limit=_BATCH))
         + await _drain(partial(retention.remove_generations, before=now - events, limit=_BATCH))
+        + await _drain(partial(retention.remove_replays, before=now - events, limit=_BATCH))
         + await _drain(partial(retention.remove_audit, before=now - audit, limit=_BATCH))
         + await _drain(partial(retention.remove_idempotency_keys, before=now - _IDEMPOTENCY, limit=_BATCH))
     )

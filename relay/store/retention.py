@@ -95,6 +95,21 @@ class Retention:
             await tx.execute_many("DELETE FROM audit WHERE id = :id", _keys(rows))
         return len(rows)
 
+    async def remove_replays(self, *, before: int, limit: int) -> int:
+        """Replays that ended before `before`."""
+        async with self._db.write() as tx:
+            rows = await tx.fetch(
+                f"""
+                SELECT id FROM replays WHERE id < :before_id AND ended_at < :before
+                ORDER BY id LIMIT :limit {self._db.skip_locked}
+                """,
+                before=before,
+                before_id=first_id("rpl", before),
+                limit=limit,
+            )
+            await tx.execute_many("DELETE FROM replays WHERE id = :id", _keys(rows))
+        return len(rows)
+
     async def remove_idempotency_keys(self, *, before: int, limit: int) -> int:
         """Idempotency keys that were used before `before`."""
         async with self._db.write() as tx:
