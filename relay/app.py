@@ -33,6 +33,7 @@ from relay.prune import prune
 from relay.pulse import Pulse
 from relay.redact import Redactor
 from relay.renew import Renewer
+from relay.replay import advance
 from relay.roster import Roster
 from relay.sender import Sender
 from relay.server import Server, bind, origin, use_all_files
@@ -54,6 +55,7 @@ from relay.web.problem import HANDLERS
 log = logging.getLogger(__name__)
 POLL_TICK = 0.25
 RETRY_TICK = 0.25
+REPLAY_TICK = 0.25
 BEAT = 2
 PRUNE_TICK = 60
 TIDY_TICK = 5
@@ -364,6 +366,9 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
                 now=relay.now(),
             )
 
+    async def replay() -> None:
+        await advance(relay.store, covers=relay.shards.covers, wake=relay.deliverer.wake, now=relay.now)
+
     def every(
         seconds: float, name: str, tick: Callable[[], Awaitable[None]], *, longest_rest: int = LONGEST_REST
     ) -> None:
@@ -378,6 +383,7 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
 
     every(POLL_TICK, "poll", relay.poller.tick)
     every(RETRY_TICK, "deliver", relay.deliverer.tick)
+    every(REPLAY_TICK, "replay", replay)
     if not relay.store.database.alone:
         every(BEAT, "hold", relay.holder.beat, longest_rest=1)
     else:

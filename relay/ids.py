@@ -1,7 +1,7 @@
 """Ids: a prefix that names the kind, an underscore, and a ULID: 26 characters that sort by time.
 
-ep_ endpoint · gen_ generation · evt_ event · dlv_ delivery · att_ attempt · key_ API key
-aud_ entry of the audit log
+ep_ endpoint · gen_ generation · evt_ event · dlv_ delivery · att_ attempt · rpl_ replay
+key_ API key · aud_ entry of the audit log
 """
 
 from ulid import ULID

@@ -48,6 +48,7 @@ async def prune(
         "attempts": partial(retention.remove_attempts, before=now - attempts),
         "events": partial(retention.remove_events, before=now - events),
         "generations": partial(retention.remove_generations, before=now - events),
+        "replays": partial(retention.remove_replays, before=now - events),
         "audit": partial(retention.remove_audit, before=now - audit),
         "idempotency_keys": partial(retention.remove_idempotency_keys, before=now - _IDEMPOTENCY),
     }

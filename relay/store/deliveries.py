@@ -227,7 +227,13 @@ class Deliveries:
         """
         async with self._db.write() as tx:
             replayed = await tx.execute(
-                _REPLAY, id=delivery_id, tenant=tenant, now=now, over=now - LONGEST_ATTEMPT
+                REPLAY,
+                id=delivery_id,
+                tenant=tenant,
+                delivered=1,
+                replay_id=None,
+                now=now,
+                over=now - LONGEST_ATTEMPT,
             )
             rows = await tx.fetch(_REPLAYED, id=delivery_id, tenant=tenant)
             await note(tx, entry if replayed else None)
@@ -340,11 +346,12 @@ _SELECT = """
     JOIN events e ON e.id = d.event_id
     LEFT JOIN endpoints p ON p.id = d.endpoint_id
 """
-_REPLAY = """
+REPLAY = """
     UPDATE deliveries
     SET status = 'pending', due_at = :now, lease = NULL, run_attempts = 0,
-        next_trigger = 'replay', updated_at = :now
+        next_trigger = 'replay', updated_at = :now, replay_id = CAST(:replay_id AS TEXT)
     WHERE id = :id AND tenant = :tenant AND due_at IS NULL AND (lease IS NULL OR updated_at <= :over)
+        AND (status <> 'delivered' OR :delivered = 1)
         AND NOT EXISTS (
             SELECT 1 FROM endpoints p WHERE p.id = deliveries.endpoint_id AND p.disabled_at IS NOT NULL
         )

@@ -126,6 +126,22 @@ class Retention:
             await tx.execute_many("DELETE FROM audit WHERE id = :id", _keys(rows))
         return Step(len(rows), rows[-1]["id"] if len(rows) == limit else None)
 
+    async def remove_replays(self, *, before: int, limit: int, after: str = "") -> Step:
+        """Replays that ended before `before`."""
+        async with self._db.write() as tx:
+            rows = await tx.fetch(
+                f"""
+                SELECT id FROM replays WHERE id > :after AND id < :before_id AND ended_at < :before
+                ORDER BY id LIMIT :limit {self._db.skip_locked}
+                """,
+                after=after,
+                before=before,
+                before_id=first_id("rpl", before),
+                limit=limit,
+            )
+            await tx.execute_many("DELETE FROM replays WHERE id = :id", _keys(rows))
+        return Step(len(rows), rows[-1]["id"] if len(rows) == limit else None)
+
     async def remove_idempotency_keys(self, *, before: int, limit: int, after: str = "") -> Step:
         """Idempotency keys that were used before `before`; all of them may go, so each step begins anew."""
         async with self._db.write() as tx:

@@ -24,6 +24,7 @@ COPIED: Mapping[str, Sequence[str]] = MappingProxyType(
         "events": ("id",),
         "deliveries": ("id",),
         "attempts": ("id",),
+        "replays": ("id",),
         "idempotency_keys": ("tenant", "key"),
     }
 )

@@ -15,6 +15,9 @@ from relay.generation import Generation, Status
 from relay.ids import new_id
 from relay.limit import Limit
 from relay.redact import BLOT
+from relay.replay import count
+from relay.selection import Replay, Selection
+from relay.selection import Status as ReplayStatus
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Publication
 from relay.store.generations import Watch
@@ -325,6 +328,80 @@ async def replay_delivery(call: Call[None, None]) -> Result:
     where_to = await relay.store.deliveries.replay(call.tenant, id_, now=now, entry=entry)
     relay.deliverer.wake(where_to)
     return Result(202, _delivery(await _get_delivery(relay, call.tenant, id_)))
+
+
+async def create_replay(call: Call[r.ReplayCreate, None]) -> Result:
+    relay, body, now = call.relay, call.body, call.relay.now()
+    _take(relay.replay_limit, call.tenant, now, f"{REPLAYS_A_SECOND} replays a second may be asked for")
+    selection = await _selection(call, now)
+    total = await count(relay.store, selection)
+    replay = Replay(
+        id=new_id("rpl", now),
+        selection=selection,
+        rate_limit=body.rate_limit,
+        status=ReplayStatus.PENDING,
+        total=total,
+        done=0,
+        position=selection.start,
+        paced_at=now - math.ceil(1000 / body.rate_limit),
+        created_at=now,
+        updated_at=now,
+    )
+    if body.dry_run:
+        return Result(200, r.ReplayResource.of(replay, counted_only=True))
+    entry = call.entry("replay.created", replay.id)
+    created = await relay.store.replays.create(replay, call.idempotency, entry=entry)
+    if created is None:
+        raise Conflict("what this Idempotency-Key created is gone")
+    return Result(202, r.ReplayResource.of(created))
+
+
+async def list_replays(call: Call[None, r.ReplayQuery]) -> Result:
+    found = await call.relay.store.replays.page(
+        call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
+    )
+    return paged(found, call.query, r.ReplayResource.of)
+
+
+async def get_replay(call: Call[None, None]) -> Result:
+    found = await call.relay.store.replays.get(call.tenant, call.path["id"])
+    if found is None:
+        raise NotFound(f"no replay {call.path['id']}")
+    return Result(200, r.ReplayResource.of(found))
+
+
+async def cancel_replay(call: Call[None, None]) -> Result:
+    id_, entry = call.path["id"], call.entry("replay.canceled", call.path["id"])
+    await call.relay.store.replays.cancel(call.tenant, id_, now=call.relay.now(), entry=entry)
+    return Result(204)
+
+
+async def _selection(call: Call[r.ReplayCreate, None], now: int) -> Selection:
+    """What is asked for. Raises Invalid for what the tenant does not have."""
+    body, store = call.body, call.relay.store
+    until = min(now if body.until is None else body.until, now)
+    if body.until is not None and body.since is not None and body.until <= body.since:
+        raise Invalid(FieldError("until", "must be later than since"))
+    if body.endpoint_id is not None:
+        endpoint = await store.endpoints.get(call.tenant, body.endpoint_id)
+        if endpoint is None:
+            raise Invalid(FieldError("endpoint_id", f"there is no endpoint {body.endpoint_id}"))
+        if endpoint.disabled_at is not None:
+            raise Conflict(f"the endpoint {endpoint.id} is disabled: enable it first")
+    if body.generation_id is not None:
+        generation = await store.generations.get(call.tenant, body.generation_id)
+        if generation is None:
+            raise Invalid(FieldError("generation_id", f"there is no generation {body.generation_id}"))
+    return Selection(
+        tenant=call.tenant,
+        wanted=body.status,
+        until=until,
+        since=body.since,
+        endpoint_id=body.endpoint_id,
+        generation_id=body.generation_id,
+        account=body.account,
+        event_type=body.event_type,
+    )
 
 
 def _secret(endpoint: Endpoint, now: int) -> r.SecretResource:

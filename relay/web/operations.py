@@ -8,6 +8,7 @@ from relay.web.operation import Operation
 READ, WRITE, REPLAY, ADMIN = Scope.READ, Scope.WRITE, Scope.REPLAY, Scope.ADMIN
 _FOUND = {200: "Found", 404: "There is no such thing"}
 _ENDPOINT = {"url": "https://hooks.example.com/relay", "event_types": ["generation.completed"]}
+_REPLAY = {"status": "missing", "since": "2026-03-16T14:30:00Z", "dry_run": True}
 _GENERATION = {"account": "pixellabs", "job_id": "gen_8f7b2c9a1e3d", "metadata": {"order": 42}}
 
 OPERATIONS = (
@@ -252,6 +253,46 @@ OPERATIONS = (
                 f" {api.REPLAYS_AT_ONCE}: see Retry-After"
             ),
         },
+    ),
+    Operation(
+        "POST",
+        "/v1/replays",
+        REPLAY,
+        "Make many finished deliveries pending again, or those that are missing",
+        api.create_replay,
+        r.ReplayResource,
+        {
+            202: "It begins soon; GET …/{id} tells how far it has come",
+            200: "With dry_run: how many there are",
+            409: "Another replay of this endpoint has not ended: its id is in the detail; or it is disabled",
+            429: (
+                f"More than {api.REPLAYS_A_SECOND} replays a second, after the first"
+                f" {api.REPLAYS_AT_ONCE}: see Retry-After"
+            ),
+        },
+        body=r.ReplayCreate,
+        creates=True,
+        example=_REPLAY,
+    ),
+    Operation(
+        "GET",
+        "/v1/replays",
+        READ,
+        "List replays",
+        api.list_replays,
+        r.Page[r.ReplayResource],
+        {200: "A page"},
+        query=r.ReplayQuery,
+    ),
+    Operation("GET", "/v1/replays/{id}", READ, "Show a replay", api.get_replay, r.ReplayResource, _FOUND),
+    Operation(
+        "DELETE",
+        "/v1/replays/{id}",
+        REPLAY,
+        "Cancel a replay; what it has made pending goes on",
+        api.cancel_replay,
+        None,
+        {204: "Canceled", 404: _FOUND[404], 409: "It has ended already"},
     ),
     Operation(
         "POST",

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from relay import account, delivery, endpoint, event, generation
+from relay import account, delivery, endpoint, event, generation, selection
 from relay.body import compact
 from relay.key import Key, Scope
 from relay.providers import PROVIDERS
@@ -93,6 +93,15 @@ def _instant(value: object) -> int:
     if at is None:
         raise ValueError("must be an RFC 3339 time since 1970, such as 2026-03-16T14:30:00Z")
     return at
+
+
+def _one_of(**types: str) -> dict[str, Any]:
+    """What the document says of a body that must have one of these fields."""
+    return {
+        "anyOf": [
+            {"required": [name], "properties": {name: {"type": type_}}} for name, type_ in types.items()
+        ]
+    }
 
 
 def _said(**schema: Any) -> Any:
@@ -298,14 +307,7 @@ class GenerationCreate(Request):
 class GenerationChange(Request):
     """Only the fields that are given are changed."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [
-                {"required": ["job_id"], "properties": {"job_id": {"type": "string"}}},
-                {"required": ["metadata"], "properties": {"metadata": {"type": "object"}}},
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra=_one_of(job_id="string", metadata="object"))
 
     job_id: JobId | None = None
     metadata: Metadata | None = None
@@ -487,6 +489,91 @@ class DeliveryResource(Resource):
 
 class DeliveryWithAttempts(DeliveryResource):
     attempts: Sequence[AttemptResource]
+
+
+class ReplayCreate(Request):
+    model_config = ConfigDict(json_schema_extra=_one_of(since="string", generation_id="string"))
+
+    endpoint_id: str | None = Field(default=None, description="Without it, all endpoints that are enabled.")
+    generation_id: str | None = None
+    account: str | None = None
+    event_type: EventType | None = Field(
+        default=None,
+        description="Without it, all types but generation.processing, generation.progress and endpoint.test.",
+    )
+    status: Annotated[selection.Wanted, Field(strict=False)] = Field(
+        default=selection.Wanted.FAILED,
+        description="`failed`: deliveries that failed, or were canceled when their endpoint was disabled."
+        " `missing`: events that an endpoint wants, as its filter is now, and has no delivery of."
+        " `all`: every finished delivery, and what is missing.",
+    )
+    since: Instant | None = Field(
+        default=None,
+        description="Of deliveries, and of events that miss one, by the time they were made."
+        " Required without a generation_id.",
+    )
+    until: Instant | None = Field(default=None, description="Now, without it; later is not looked at.")
+    rate_limit: float = Field(
+        default=selection.RATE_LIMIT,
+        gt=0,
+        le=selection.HIGHEST_RATE_LIMIT,
+        description="How many a second each endpoint is given, at most.",
+    )
+    dry_run: bool = Field(default=False, description="Only count: nothing is replayed.")
+
+    @model_validator(mode="after")
+    def _has_a_beginning(self) -> Self:
+        if self.since is None and self.generation_id is None:
+            raise ValueError("give since, or generation_id")
+        return self
+
+
+class ReplayQuery(PageQuery):
+    status: selection.Status | None = None
+    endpoint_id: str | None = None
+    since: Instant | None = None
+    until: Instant | None = None
+
+
+class ReplayResource(Resource):
+    id: str | None = Field(description="Null for what was only counted.")
+    status: selection.Status | None = Field(description="Null for what was only counted.")
+    total: int = Field(description="How many deliveries there were to replay when it was made.")
+    done: int = Field(description="How many were made pending, each once.")
+    error: str | None = Field(description="Why it failed.")
+    deliveries: selection.Wanted = Field(description="Which ones: the status that was asked for.")
+    endpoint_id: str | None
+    generation_id: str | None
+    account: str | None
+    event_type: str | None
+    since: Time | None
+    until: Time
+    rate_limit: float
+    created_at: Time
+    updated_at: Time
+    ended_at: Time | None
+
+    @classmethod
+    def of(cls, one: selection.Replay, *, counted_only: bool = False) -> Self:
+        of = one.selection
+        return cls(
+            id=None if counted_only else one.id,
+            status=None if counted_only else one.status,
+            total=one.total,
+            done=one.done,
+            error=one.error,
+            deliveries=of.wanted,
+            endpoint_id=of.endpoint_id,
+            generation_id=of.generation_id,
+            account=of.account,
+            event_type=of.event_type,
+            since=rfc3339(of.since) if of.since is not None else None,
+            until=rfc3339(of.until),
+            rate_limit=one.rate_limit,
+            created_at=rfc3339(one.created_at),
+            updated_at=rfc3339(one.updated_at),
+            ended_at=rfc3339(one.ended_at) if one.ended_at is not None else None,
+        )
 
 
 class BudgetResource(Resource):

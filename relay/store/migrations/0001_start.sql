@@ -184,6 +184,7 @@ CREATE TABLE deliveries (
     next_trigger TEXT NOT NULL,
     due_at BIGINT,
     lease TEXT,
+    replay_id TEXT,
     created_at BIGINT NOT NULL,
     updated_at BIGINT NOT NULL,
     CONSTRAINT delivery_status_is_known
@@ -196,6 +197,39 @@ CREATE TABLE deliveries (
 CREATE INDEX deliveries_due ON deliveries (destination, due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX deliveries_of_an_endpoint ON deliveries (endpoint_id, id);
 CREATE INDEX deliveries_not_delivered ON deliveries (status, id) WHERE status <> 'delivered';
+-- What arrives at its first attempt is never in them.
+CREATE INDEX failed_deliveries_of_an_endpoint ON deliveries (endpoint_id, id)
+    WHERE status IN ('failed', 'canceled');
+CREATE INDEX failed_deliveries_of_a_tenant ON deliveries (tenant, id) WHERE status IN ('failed', 'canceled');
+
+CREATE TABLE replays (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    wanted TEXT NOT NULL,
+    since BIGINT,
+    until BIGINT NOT NULL,
+    endpoint_id TEXT,
+    generation_id TEXT,
+    account TEXT,
+    event_type TEXT,
+    rate_limit DOUBLE PRECISION NOT NULL,
+    status TEXT NOT NULL,
+    total BIGINT NOT NULL,
+    done BIGINT NOT NULL,
+    position TEXT NOT NULL,
+    paced_at BIGINT NOT NULL,
+    error TEXT,
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    ended_at BIGINT,
+    CONSTRAINT replay_status_is_known
+        CHECK (status IN ('pending', 'running', 'completed', 'canceled', 'failed')),
+    CONSTRAINT only_open_replays_have_not_ended CHECK ((status IN ('pending', 'running')) = (ended_at IS NULL)),
+    CONSTRAINT failed_replays_have_a_reason CHECK ((status = 'failed') = (error IS NOT NULL))
+);
+CREATE INDEX replays_of_a_tenant ON replays (tenant, id);
+CREATE UNIQUE INDEX an_endpoint_has_one_open_replay ON replays (COALESCE(endpoint_id, ''), tenant)
+    WHERE ended_at IS NULL;
 
 CREATE TABLE attempts (
     id TEXT PRIMARY KEY,
