@@ -27,6 +27,7 @@ from relay.ingest import Ingest
 from relay.key import Key, Scope, hash_of, new_key
 from relay.keyring import KeyRing
 from relay.limit import Limit
+from relay.live import Live
 from relay.poll import Poller
 from relay.prune import prune
 from relay.redact import Redactor
@@ -110,6 +111,7 @@ async def serve(
 
         def wind_down() -> None:
             relay.ingest.stop_waiting()
+            relay.live.stop()
             relay.poller.stop_claiming()
             relay.deliverer.stop_claiming()
             relay.holder.wind_down()
@@ -165,6 +167,7 @@ async def running(
         await relay.holder.start()
         metronome = _metronome(relay)
         stack.callback(metronome.shutdown, wait=False)
+        stack.push_async_callback(relay.live.close)
         stack.push_async_callback(relay.bell.flush)
         stack.push_async_callback(_steady("keys", relay.gate.write_down))
         stack.push_async_callback(relay.holder.stop)
@@ -231,10 +234,12 @@ def _assemble(
         renew=Renewer(store, look=look, now=now).renew,
         now=now,
     )
+    live = Live(store, ring=bell.ring, now=now)
     ingest = Ingest(
         store,
         handoff=deliverer.handoff,
         accept=deliverer.accept,
+        stored=live.stored,
         progress_interval=settings.delivery.progress_interval,
         now=now,
     )
@@ -291,6 +296,7 @@ def _assemble(
         accounts=roster,
         callbacks=Callbacks(settings.origin, settings.secret_keys),
         ingest=ingest,
+        live=live,
         asker=asker,
         poller=poller,
         deliverer=deliverer,
@@ -321,6 +327,10 @@ def _listener(relay: Relay) -> Callable[[str], None]:
                 relay.poller.wake()
             case "endpoint":
                 relay.deliverer.forget(which)
+            case "events":
+                relay.live.wake(which)
+            case "streams":
+                relay.live.heard(which)
             case "shards":
                 relay.holder.wake()
 
