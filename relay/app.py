@@ -27,6 +27,7 @@ from relay.ingest import Ingest
 from relay.key import Key, Scope, hash_of, new_key
 from relay.keyring import KeyRing
 from relay.limit import Limit
+from relay.live import Live
 from relay.metrics import Metrics
 from relay.poll import Poller
 from relay.prune import prune
@@ -116,6 +117,7 @@ async def serve(
 
         def wind_down() -> None:
             relay.ingest.stop_waiting()
+            relay.live.stop()
             relay.poller.stop_claiming()
             relay.deliverer.stop_claiming()
             relay.holder.wind_down()
@@ -172,6 +174,7 @@ async def running(
         stack.callback(asyncio.create_task(_feel_the_loop(relay.metrics)).cancel)
         metronome = _metronome(relay)
         stack.callback(metronome.shutdown, wait=False)
+        stack.push_async_callback(relay.live.close)
         stack.push_async_callback(relay.bell.flush)
         stack.push_async_callback(_steady("keys", relay.gate.write_down))
         stack.push_async_callback(relay.holder.stop)
@@ -239,10 +242,12 @@ def _assemble(
         metrics=metrics,
         now=now,
     )
+    live = Live(store, ring=bell.ring, now=now)
     ingest = Ingest(
         store,
         handoff=deliverer.handoff,
         accept=deliverer.accept,
+        stored=live.stored,
         progress_interval=settings.delivery.progress_interval,
         metrics=metrics,
         now=now,
@@ -301,6 +306,7 @@ def _assemble(
         accounts=roster,
         callbacks=Callbacks(settings.origin, settings.secret_keys),
         ingest=ingest,
+        live=live,
         asker=asker,
         poller=poller,
         deliverer=deliverer,
@@ -333,6 +339,10 @@ def _listener(relay: Relay) -> Callable[[str], None]:
                 relay.poller.wake()
             case "endpoint":
                 relay.deliverer.forget(which)
+            case "events":
+                relay.live.wake(which)
+            case "streams":
+                relay.live.heard(which)
             case "shards":
                 relay.holder.wake()
 

@@ -15,3 +15,8 @@ def new_id(prefix: str, now: int) -> str:
 def first_id(prefix: str, at: int) -> str:
     """What every id of that kind made at or after `at` (unix milliseconds) is not less than."""
     return f"{prefix}_{ULID.from_bytes(at.to_bytes(6) + bytes(10))}"
+
+
+def made_at(id_: str) -> int:
+    """When an id was made, in unix milliseconds. Raises ValueError for what is none."""
+    return ULID.from_str(id_.partition("_")[2]).milliseconds

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 from relay.batch import Batch
@@ -23,7 +23,8 @@ LOOK_AGAIN = 1.0
 
 
 class Ingest:
-    """Records reports. `handoff` says how many fresh deliveries may be handed over, `accept` takes them.
+    """Records reports. `handoff` says how many fresh deliveries may be handed over, `accept` takes them;
+    `stored` is told whose events were stored.
     Progress is announced every `progress_interval` milliseconds at most."""
 
     def __init__(
@@ -32,11 +33,13 @@ class Ingest:
         *,
         handoff: Callable[[], Handoff],
         accept: Callable[[Sequence[Claimed], Handoff], None],
+        stored: Callable[[Collection[str]], None],
         progress_interval: int,
         metrics: Metrics,
         now: Callable[[], int],
     ) -> None:
         self._store, self._handoff, self._accept, self._now = store, handoff, accept, now
+        self._stored = stored
         self._progress_interval, self._metrics = progress_interval, metrics
         self._batch: Batch[Report, Generation | None] = Batch(self._write, observed=metrics.written("record"))
         self._published: Batch[Publication, Sequence[Event] | Refused] = Batch(
@@ -61,6 +64,7 @@ class Ingest:
         """Makes events of Relay's own known to the endpoints that want them, durably, all or none."""
         handoff = self._handoff()
         self._accept(await self._store.events.announce(events, handoff, now=self._now()), handoff)
+        self._stored({event.tenant for event in events})
 
     async def account_changed(self, account: Account, health: Health) -> None:
         """Announces to its tenants that an account cannot be asked any more, or can again."""
@@ -118,6 +122,7 @@ class Ingest:
         handoff = self._handoff()
         results, claimed = await self._store.events.publish(publications, handoff, now=self._now())
         self._accept(claimed, handoff)
+        self._stored({one.tenant for one in publications})
         return results
 
     async def _write(self, reports: Sequence[Report]) -> Sequence[Generation | None]:
@@ -146,6 +151,7 @@ class Ingest:
         handoff = self._handoff()
         fresh, claimed = await self._store.events.record(changes, asked, handoff, now=now)
         self._accept(claimed, handoff)
+        self._stored({event.tenant for event in fresh})
         for before, after in moves:
             _log(before, after)
         for event in fresh:

@@ -13,8 +13,8 @@ from typing import TextIO
 log = logging.getLogger(__name__)
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
-# These print URLs and headers of requests, and with them credentials, at lower levels.
-_TALKATIVE = ("httpx", "httpcore", "aiohttp", "apscheduler", "aiosqlite", "asyncpg")
+# These print URLs, headers and bodies, and with them credentials, at lower levels.
+_TALKATIVE = ("httpx", "httpcore", "aiohttp", "apscheduler", "aiosqlite", "asyncpg", "sse_starlette")
 
 
 class WideFormatter(logging.Formatter):

@@ -6,9 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import httpx
-import pytest
-
 from relay.times import rfc3339
 from tests.conftest import RunningRelay, World
 

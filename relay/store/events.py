@@ -138,6 +138,32 @@ class Events:
         async with self._db.read() as tx:
             return [_read(row) for row in await tx.fetch("SELECT * FROM events WHERE id IN (:ids)", ids=ids)]
 
+    async def ids(self, tenant: str, *, after: str, limit: int) -> Sequence[str]:
+        """The ids behind `after`, oldest first."""
+        async with self._db.read(browse=True) as tx:
+            rows = await tx.fetch(
+                "SELECT id FROM events WHERE tenant = :tenant AND id > :after ORDER BY id LIMIT :limit",
+                tenant=tenant,
+                after=after,
+                limit=limit,
+            )
+        return [row["id"] for row in rows]
+
+    async def between(self, tenant: str, after: str, before: str, *, limit: int) -> Sequence[Event]:
+        """Those with ids behind `after` and below `before`, oldest first."""
+        async with self._db.read(browse=True) as tx:
+            rows = await tx.fetch(
+                """
+                SELECT * FROM events WHERE tenant = :tenant AND id > :after AND id < :before
+                ORDER BY id LIMIT :limit
+                """,
+                tenant=tenant,
+                after=after,
+                before=before,
+                limit=limit,
+            )
+        return [_read(row) for row in rows]
+
     async def renew(self, before: Event, after: Event) -> None:
         """Replaces the body and its expiry, unless somebody else did so since `before` was read."""
         async with self._db.write() as tx:

@@ -14,6 +14,7 @@ from relay.event import Event
 from relay.generation import Generation, Status
 from relay.ids import new_id
 from relay.limit import Limit
+from relay.live import Wish
 from relay.redact import BLOT
 from relay.replay import count
 from relay.selection import Replay, Selection
@@ -25,6 +26,7 @@ from relay.times import rfc3339
 from relay.web import resources as r
 from relay.web.context import Relay
 from relay.web.operation import Call, Result, checked_url, paged
+from relay.web.stream import Stream
 
 # For each endpoint, and for each tenant: of one relay.
 TESTS_A_MINUTE = 10
@@ -144,6 +146,7 @@ async def test_endpoint(call: Call[None, None]) -> Result:
     entry = call.entry("endpoint.tested", endpoint.id)
     delivery_id, claimed = await relay.store.events.send(made, endpoint, handoff, now=now, entry=entry)
     relay.deliverer.accept(claimed, handoff)
+    relay.live.stored([call.tenant])
     return Result(202, _delivery(await _get_delivery(relay, call.tenant, delivery_id)))
 
 
@@ -299,6 +302,25 @@ async def list_events(call: Call[None, r.EventQuery]) -> Result:
         call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
     )
     return paged(found, call.query, lambda one: _event(one))
+
+
+async def stream_events(call: Call[None, r.StreamQuery]) -> Result:
+    # A browser that comes back sends the header, and still the query that it began with.
+    after = call.headers.get("last-event-id") or call.query.last_event_id
+    if after is not None and not r.is_event_id(after):
+        raise Invalid(FieldError("Last-Event-ID", "is not the id of an event"))
+    wish = Wish(
+        types=call.query.types,
+        generation_id=call.query.generation_id,
+        account=call.query.account,
+        endpoint_id=call.query.endpoint_id,
+    )
+    if wish.endpoint_id is not None:
+        found = await call.relay.store.endpoints.get(call.tenant, wish.endpoint_id)
+        if found is None:
+            raise NotFound(f"no endpoint {wish.endpoint_id}")
+    reader = await call.relay.live.open(call.tenant, wish, after=after)
+    return Result(200, stream=Stream(reader, call.relay.gate, call.caller, timeout=call.query.timeout))
 
 
 async def get_event(call: Call[None, None]) -> Result:

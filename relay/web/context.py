@@ -13,6 +13,7 @@ from relay.deliver import Deliverer
 from relay.hold import Holder
 from relay.ingest import Ingest
 from relay.limit import Limit
+from relay.live import Live
 from relay.metrics import Metrics
 from relay.poll import Poller
 from relay.pulse import Pulse
@@ -35,6 +36,7 @@ class Relay:
     accounts: Roster
     callbacks: Callbacks
     ingest: Ingest
+    live: Live
     asker: Asker
     poller: Poller
     deliverer: Deliverer

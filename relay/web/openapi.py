@@ -276,6 +276,8 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
             if operation.page is not None:
                 schema = {"oneOf": [schema, names[(operation.page, "serialization")]]}
             answers[str(status)]["content"] = {"application/json": {"schema": schema}}
+    if operation.streams:
+        answers["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     reads_input = operation.body is not None or operation.query is not None or operation.creates
     for status, meaning in _REFUSALS.items():
         if status != 422 or reads_input:
@@ -317,6 +319,17 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
         for name, one in schema["properties"].items():
             described = _not_null(_inline(one, schema))
             parameters.append({"name": name, "in": "query", "required": False, "schema": described})
+    if operation.streams:
+        parameters.append(
+            {
+                "name": "Last-Event-ID",
+                "in": "header",
+                "required": False,
+                "description": "The last id that was received: nothing that was stored since is left out, but"
+                " what was made up to half a minute before may come again.",
+                "schema": {"type": "string"},
+            }
+        )
     if operation.creates:
         parameters.append(
             {

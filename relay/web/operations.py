@@ -1,6 +1,7 @@
 """The table of all operations: routes and OpenAPI are both made from it."""
 
 from relay.key import Scope
+from relay.live import STREAMS
 from relay.web import admin, api
 from relay.web import resources as r
 from relay.web.operation import Operation
@@ -216,6 +217,23 @@ OPERATIONS = (
         r.Page[r.EventResource],
         {200: "A page"},
         query=r.EventQuery,
+    ),
+    Operation(
+        "GET",
+        "/v1/events/stream",
+        READ,
+        "Stream events as they are stored",
+        api.stream_events,
+        None,
+        {
+            200: "Server-sent events: `id` is the event's id, `event` its type, `data` the body that its"
+            " subscribers receive; a comment every 15 s. It ends when the relay stops, when the key is no"
+            " longer good, or when the reader lags too far behind: come back with Last-Event-ID",
+            404: "There is no such endpoint",
+            429: f"The tenant has {STREAMS} streams open: see Retry-After",
+        },
+        query=r.StreamQuery,
+        streams=True,
     ),
     Operation("GET", "/v1/events/{id}", READ, "Show an event", api.get_event, r.EventResource, _FOUND),
     Operation(

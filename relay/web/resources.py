@@ -1,5 +1,6 @@
 """What goes in and out of the API, field by field: validation and OpenAPI are both made from these."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
@@ -434,6 +435,28 @@ class EventQuery(PageQuery):
     account: str | None = None
     since: Instant | None = None
     until: Instant | None = None
+
+
+class StreamQuery(Query):
+    type: str | None = Field(default=None, description="One, or several with commas between.")
+    generation_id: str | None = None
+    account: str | None = None
+    endpoint_id: str | None = Field(default=None, description="What this endpoint gets.")
+    last_event_id: str | None = Field(
+        default=None, description="For the first request of who cannot send the header Last-Event-ID."
+    )
+    timeout: float | None = Field(
+        default=None, ge=0, le=86_400, description="The stream ends after so many seconds."
+    )
+
+    @property
+    def types(self) -> Sequence[str]:
+        return [one.strip() for one in self.type.split(",")] if self.type else []
+
+
+def is_event_id(text: str) -> bool:
+    """Whether an event may have this id."""
+    return re.fullmatch("evt_[0-7][0-9A-HJKMNP-TV-Z]{25}", text) is not None
 
 
 class EventResource(Resource):
