@@ -9,20 +9,21 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from relay import signature
-from tests.conftest import RunningRelay, World, need
+from tests.conftest import World, need
 from tests.program import THOROUGH
-from tests.serving import listener, origin_of
+from tests.serving import listener
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -103,3 +104,110 @@ async def test_the_commands_of_a_page_work_one_after_the_other(tmp_path: Path, p
             os.killpg(process.pid, signal.SIGKILL)
         text = said.read_text("utf-8")
     assert process.returncode == 0, text[-5000:]
+
+
+def test_the_receivers_in_the_page_are_the_files_that_are_tested():
+    text = (DOCS / "receiving.md").read_text("utf-8")
+    shown = {kind: block for kind, _, block in BLOCK.findall(text) if kind in ("python", "js", "go")}
+    files = {"python": "receive.py", "js": "receive.mjs", "go": "receive.go"}
+    assert shown == {kind: (DOCS / "examples" / name).read_text("utf-8") for kind, name in files.items()}
+
+
+@dataclass
+class Receiver:
+    """An example at work; `handled` are the events that it has."""
+
+    url: str
+    said: Path
+
+    @property
+    def handled(self) -> Sequence[str]:
+        return [line for line in self.said.read_text("utf-8").splitlines() if line.startswith("generation.")]
+
+
+def receiver_command(language: str, directory: Path) -> Sequence[str]:
+    """What runs the example of a language, with its library."""
+    if language == "python":
+        return [sys.executable, str(DOCS / "examples" / "receive.py")]
+    verifiers = ROOT / "tests" / "verifiers"
+    if language == "javascript":
+        modules = verifiers / "javascript" / "node_modules"
+        there = shutil.which("node") and (modules / "standardwebhooks").is_dir()
+        need(modules if there else None, f"install Node.js, then npm ci --prefix {modules.parent}")
+        (directory / "node_modules").symlink_to(modules)
+        shutil.copy(DOCS / "examples" / "receive.mjs", directory)
+        return ["node", str(directory / "receive.mjs")]
+    if not THOROUGH:
+        pytest.skip("Go's library is fetched with RELAY_THOROUGH only")
+    if shutil.which("go") is None:
+        pytest.skip("go is not installed")
+    for name in ("go.mod", "go.sum"):
+        shutil.copy(verifiers / "go" / name, directory)
+    shutil.copy(DOCS / "examples" / "receive.go", directory)
+    built = subprocess.run(  # our own command
+        ["go", "build", "-mod=readonly", "-o", "receive", "."],  # noqa: S607
+        cwd=directory, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    if "dial tcp" in built.stderr:
+        pytest.skip("Go's library cannot be had here")
+    assert built.returncode == 0, built.stderr
+    return [str(directory / "receive")]
+
+
+@asynccontextmanager
+async def receiving(
+    command: Sequence[str], directory: Path, secret: str, port: str
+) -> AsyncIterator[Receiver]:
+    said = directory / "said"
+    with said.open("wb") as out:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=directory,
+            env={**os.environ, "WEBHOOK_SECRET": secret, "PORT": port},
+            stdout=out,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    try:
+        async with asyncio.timeout(20), httpx.AsyncClient() as client:
+            while True:
+                assert process.returncode is None
+                with suppress(httpx.TransportError):
+                    await client.post(f"http://127.0.0.1:{port}/", content=b"{}")
+                    break
+                await asyncio.sleep(0.02)
+        yield Receiver(f"http://127.0.0.1:{port}/hook", said)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+@pytest.mark.parametrize("language", ["python", "javascript", "go"])
+async def test_an_example_takes_what_is_genuine_once_and_refuses_what_is_not(
+    world: World, tmp_path: Path, language: str
+):
+    directory = tmp_path / language
+    directory.mkdir()
+    command, [port] = receiver_command(language, directory), free_ports(1)
+    relay = await world.relay()
+    asked = {"url": f"http://127.0.0.1:{port}/hook"}
+    endpoint = (await relay.api.post("/v1/endpoints", json=asked)).json()
+    async with receiving(command, directory, endpoint["secret"], port) as receiver:
+        watched = await world.watch(relay, "luma", duration=0)
+        of_it = f"/v1/deliveries?generation_id={watched['id']}"
+        page = await relay.eventually(
+            of_it, lambda page: page["data"] and page["data"][0]["status"] == "delivered"
+        )
+        [delivery] = page["data"]
+        assert len(receiver.handled) == 1
+        await relay.api.post(f"/v1/deliveries/{delivery['id']}/replay")
+        path = f"/v1/deliveries/{delivery['id']}"
+        again = await relay.eventually(path, lambda one: len(one["attempts"]) == 2)
+        assert again["status"] == "delivered"
+        assert len(receiver.handled) == 1
+        body = b'{"type": "generation.completed", "timestamp": "2026-03-16T14:30:12.000Z", "data": {}}'
+        async with httpx.AsyncClient() as client:
+            for secret in (signature.new_secret(), endpoint["secret"]):
+                headers = signature.headers([secret], "evt_1", int(time.time()) - 301, body)
+                assert (await client.post(receiver.url, content=body, headers=headers)).status_code == 400
+        assert len(receiver.handled) == 1
