@@ -1,0 +1,213 @@
+"""What docs/ says works: its commands are run, its examples receive what a relay sends, its tables are true.
+
+In a page each block of shell says in its first line what becomes of it: `sh run` blocks of a page are run
+here, one after the other in one shell, `sh by hand` needs what a test does not have.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from relay import signature
+from tests.conftest import World, need
+from tests.program import THOROUGH
+from tests.serving import listener
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+BLOCK = re.compile(r"^```(\w*)(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+# They may be in use here: a test takes others.
+PORTS = ("8080", "8090", "3000")
+START = """
+set -euo pipefail
+trap 'status=$?; trap - EXIT; kill $(jobs -p) 2>/dev/null || true; wait; exit $status' EXIT
+"""
+
+
+def commands(page: Path) -> Sequence[str]:
+    return [
+        text for kind, more, text in BLOCK.findall(page.read_text("utf-8")) if (kind, more) == ("sh", " run")
+    ]
+
+
+def free_ports(count: int) -> Sequence[str]:
+    bound = [listener() for _ in range(count)]
+    ports = [str(one.getsockname()[1]) for one in bound]
+    for one in bound:
+        one.close()
+    return ports
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_of_shell_is_run_or_says_why_not(page: Path):
+    kinds = {
+        more for kind, more, _ in BLOCK.findall(page.read_text("utf-8")) if kind in ("sh", "bash", "shell")
+    }
+    assert kinds <= {" run", " by hand"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+async def test_the_commands_of_a_page_work_one_after_the_other(tmp_path: Path, page: Path):
+    for program in ("bash", "curl", "openssl", "sqlite3"):
+        found = shutil.which(program)
+        need(Path(found) if found else None, f"{program} is missing: apt-get install {program}")
+    script, ports = START + "".join(commands(page)), free_ports(3)
+    for usual, free in zip(PORTS, ports, strict=True):
+        script = re.sub(rf"\b{usual}\b", free, script)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, command in (("relay", f"{sys.executable} -m relay"), ("python3", sys.executable)):
+        (programs / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (programs / name).chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in ("docs", "deploy", "config.example.yaml"):
+        (work / name).symlink_to(ROOT / name)
+    environment = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "240",
+        "HOME": str(tmp_path),
+        # Where the page relies on a default.
+        "RELAY_PORT": ports[0],
+        "RELAY_URL": f"http://127.0.0.1:{ports[0]}",
+        "PORT": ports[2],
+    }
+    said = tmp_path / "said"
+    with said.open("wb") as out:
+        process = await asyncio.create_subprocess_exec(
+            *("bash", "-x", "-c", script),
+            cwd=work,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), 90)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        text = said.read_text("utf-8")
+    assert process.returncode == 0, text[-5000:]
+
+
+def test_the_receivers_in_the_page_are_the_files_that_are_tested():
+    text = (DOCS / "receiving.md").read_text("utf-8")
+    shown = {kind: block for kind, _, block in BLOCK.findall(text) if kind in ("python", "js", "go")}
+    files = {"python": "receive.py", "js": "receive.mjs", "go": "receive.go"}
+    assert shown == {kind: (DOCS / "examples" / name).read_text("utf-8") for kind, name in files.items()}
+
+
+@dataclass
+class Receiver:
+    """An example at work; `handled` are the events that it has."""
+
+    url: str
+    said: Path
+
+    @property
+    def handled(self) -> Sequence[str]:
+        return [line for line in self.said.read_text("utf-8").splitlines() if line.startswith("generation.")]
+
+
+def receiver_command(language: str, directory: Path) -> Sequence[str]:
+    """What runs the example of a language, with its library."""
+    if language == "python":
+        return [sys.executable, str(DOCS / "examples" / "receive.py")]
+    verifiers = ROOT / "tests" / "verifiers"
+    if language == "javascript":
+        modules = verifiers / "javascript" / "node_modules"
+        there = shutil.which("node") and (modules / "standardwebhooks").is_dir()
+        need(modules if there else None, f"install Node.js, then npm ci --prefix {modules.parent}")
+        (directory / "node_modules").symlink_to(modules)
+        shutil.copy(DOCS / "examples" / "receive.mjs", directory)
+        return ["node", str(directory / "receive.mjs")]
+    if not THOROUGH:
+        pytest.skip("Go's library is fetched with RELAY_THOROUGH only")
+    if shutil.which("go") is None:
+        pytest.skip("go is not installed")
+    for name in ("go.mod", "go.sum"):
+        shutil.copy(verifiers / "go" / name, directory)
+    shutil.copy(DOCS / "examples" / "receive.go", directory)
+    built = subprocess.run(  # our own command
+        ["go", "build", "-mod=readonly", "-o", "receive", "."],  # noqa: S607
+        cwd=directory, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    if "dial tcp" in built.stderr:
+        pytest.skip("Go's library cannot be had here")
+    assert built.returncode == 0, built.stderr
+    return [str(directory / "receive")]
+
+
+@asynccontextmanager
+async def receiving(
+    command: Sequence[str], directory: Path, secret: str, port: str
+) -> AsyncIterator[Receiver]:
+    said = directory / "said"
+    with said.open("wb") as out:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=directory,
+            env={**os.environ, "WEBHOOK_SECRET": secret, "PORT": port},
+            stdout=out,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    try:
+        async with asyncio.timeout(20), httpx.AsyncClient() as client:
+            while True:
+                assert process.returncode is None
+                with suppress(httpx.TransportError):
+                    await client.post(f"http://127.0.0.1:{port}/", content=b"{}")
+                    break
+                await asyncio.sleep(0.02)
+        yield Receiver(f"http://127.0.0.1:{port}/hook", said)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+@pytest.mark.parametrize("language", ["python", "javascript", "go"])
+async def test_an_example_takes_what_is_genuine_once_and_refuses_what_is_not(
+    world: World, tmp_path: Path, language: str
+):
+    directory = tmp_path / language
+    directory.mkdir()
+    command, [port] = receiver_command(language, directory), free_ports(1)
+    relay = await world.relay()
+    asked = {"url": f"http://127.0.0.1:{port}/hook"}
+    endpoint = (await relay.api.post("/v1/endpoints", json=asked)).json()
+    async with receiving(command, directory, endpoint["secret"], port) as receiver:
+        watched = await world.watch(relay, "luma", duration=0)
+        of_it = f"/v1/deliveries?generation_id={watched['id']}"
+        page = await relay.eventually(
+            of_it, lambda page: page["data"] and page["data"][0]["status"] == "delivered"
+        )
+        [delivery] = page["data"]
+        assert len(receiver.handled) == 1
+        await relay.api.post(f"/v1/deliveries/{delivery['id']}/replay")
+        path = f"/v1/deliveries/{delivery['id']}"
+        again = await relay.eventually(path, lambda one: len(one["attempts"]) == 2)
+        assert again["status"] == "delivered"
+        assert len(receiver.handled) == 1
+        body = b'{"type": "generation.completed", "timestamp": "2026-03-16T14:30:12.000Z", "data": {}}'
+        async with httpx.AsyncClient() as client:
+            for secret in (signature.new_secret(), endpoint["secret"]):
+                headers = signature.headers([secret], "evt_1", int(time.time()) - 301, body)
+                assert (await client.post(receiver.url, content=body, headers=headers)).status_code == 400
+        assert len(receiver.handled) == 1
