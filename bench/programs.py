@@ -102,9 +102,10 @@ def wait_until_ready(port: int) -> None:
 
 @contextmanager
 def relay(
-    directory: str, *, timeout: str = "15s", database: str = "sqlite:///relay.db"
+    directory: str, *, timeout: str = "15s", database: str = "sqlite:///relay.db", **config: Any
 ) -> Iterator[tuple[Process, int]]:
-    """A relay on a database, in this directory when none is named."""
+    """A relay on a database, in this directory when none is named; `config` are more keys of its
+    configuration."""
     port = free_port()
     settings = {
         "port": port,
@@ -114,6 +115,7 @@ def relay(
         "log_level": "warning",
         "network": {"allow": ["127.0.0.0/8"]},
         "delivery": {"timeout": timeout},
+        **config,
     }
     config = Path(directory, f"config-{port}.yaml")
     config.write_text(json.dumps(settings))

@@ -22,8 +22,9 @@ class Retention:
     """Removal in steps; each method is one transaction, and looks at no more than `limit` rows of its kind,
     those that come `after` the last step's.
 
-    The LIMIT of a statement that has a `last` row says so to planners only. Where a row may go only when it has no others, an OFFSET keeps a planner from joining whole tables to find
-    that out: they are looked up for one row after the other.
+    The LIMIT beside a `last` row tells planners what is so anyway. Where a row may go only when it has no
+    others, an OFFSET keeps them from joining whole tables to find that out: those are looked up for one row
+    after the other.
     """
 
     def __init__(self, database: Database) -> None:

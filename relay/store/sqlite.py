@@ -96,12 +96,16 @@ class SQLite:
         return {"main": pages * size, "free": free * size, "wal": _size(self._wal)}
 
     async def shrink(self, pages: int) -> bool:
-        async with self.write() as tx:
-            there, free = [(await tx.fetch(f"PRAGMA {name}"))[0][name] for name in _SPACE[:2]]
-            surplus = min(pages, free - max(SPARE_PAGES, there // 10))
-            if surplus > 0:
-                await tx.fetch(f"PRAGMA incremental_vacuum({surplus})")
-        return bool(surplus > 0)
+        async with self._locks[self._writer]:
+            tx = _SQLiteTransaction(self._writer)
+            with _as_store_error():
+                there, free = [int((await tx.fetch(f"PRAGMA {name}"))[0][name]) for name in _SPACE[:2]]
+                surplus = min(pages, free - max(SPARE_PAGES, there // 10))
+                if surplus > 0:
+                    # A statement without columns is ended after its first step, which is one page; a script
+                    # is not.
+                    await self._writer.executescript(f"PRAGMA incremental_vacuum({surplus})")
+        return surplus > 0
 
     async def tidy(self) -> None:
         if _size(self._wal) <= 2 * WAL_BYTES:
