@@ -160,4 +160,9 @@ def choose(
 
 def position_before(found: Sequence[Found], left: Found) -> str | None:
     """The last position that is done with where one was left; None when nothing before it was found."""
-    return next((one.position for one in reversed(found) if one.position < left.position), None)
+    before = None
+    for one in found:
+        if one.position == left.position:
+            break
+        before = one.position
+    return before

@@ -13,12 +13,13 @@ from tests.conftest import ADMIN_KEY, RunningRelay, World
 
 URL = "https://hooks.example.com/relay"
 LARGEST_BODY = 1024 * 1024
-LISTS = ("/v1/endpoints", "/v1/generations", "/v1/events", "/v1/deliveries")
+LISTS = ("/v1/endpoints", "/v1/generations", "/v1/events", "/v1/deliveries", "/v1/replays")
 PREFIXES = {
     "endpoints": "ep",
     "generations": "gen",
     "events": "evt",
     "deliveries": "dlv",
+    "replays": "rpl",
     "keys": "key",
     "audit": "aud",
 }
@@ -312,6 +313,7 @@ async def test_ids_tell_their_kind_and_times_are_rfc_3339_with_milliseconds(worl
     relay = await world.relay()
     await world.endpoint(relay)
     await relay.api.post("/v1/keys", json={"scopes": ["read"]})
+    await relay.api.post("/v1/replays", json={"since": "2026-01-01T00:00:00Z"})
     await world.watch(relay, "luma", duration=0)
     await world.subscriber.got(1)
     delivered = await relay.eventually("/v1/deliveries?status=delivered", lambda page: page["data"])

@@ -15,6 +15,7 @@ from typing import Any, Self
 import pytest
 
 from relay.ids import new_id
+from relay.selection import Selection, Wanted
 from relay.store import Store, open_database, store_on
 from relay.store.database import Database, Transaction, expand
 from relay.store.events import Publication
@@ -463,6 +464,48 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
         ),
     ),
 }
+
+
+# Of what a replay is, in the middle of it.
+STRETCH = 500
+FINISHED, OF_ONE = row("dlv", COUNT // 20), row("gen", COUNT // 3)
+LOOKS: Mapping[str, tuple[dict[str, Any], str, Expected]] = {
+    "what failed": (
+        {"wanted": Wanted.FAILED},
+        FINISHED,
+        Expected({"SEARCH d (id>? AND id<?)"}, rows=2 * STRETCH, indexes={"deliveries_failed"}),
+    ),
+    "what is finished": (
+        {"wanted": Wanted.ALL},
+        FINISHED,
+        Expected({"SEARCH d (id>? AND id<?)"}, rows=2 * STRETCH),
+    ),
+    "what failed of a generation": (
+        {"wanted": Wanted.FAILED, "generation_id": OF_ONE},
+        row("dlv", 1),
+        Expected({"SEARCH e (generation_id=?)", "SEARCH d (event_id=?)"}, rows=9, sorts=True),
+    ),
+    "what is missing": (
+        {"wanted": Wanted.MISSING},
+        row("evt", COUNT // 20),
+        Expected({"SEARCH e (id>? AND id<?)", "SEARCH deliveries (event_id=?)"}, rows=2 * STRETCH),
+    ),
+    "what is missing of a generation": (
+        {"wanted": Wanted.MISSING, "generation_id": OF_ONE},
+        row("evt", 1),
+        Expected({"SEARCH e (generation_id=?)", "SEARCH deliveries (event_id=?)"}, rows=9, sorts=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+async def test_a_replay_looks_at_no_more_rows_than_it_is_told_to(explaining: Explaining, name: str):
+    given, position, expected = LOOKS[name]
+    for endpoint_id in (None, "ep_1"):
+        once = explaining.anew()
+        selection = Selection(TENANT, until=NOW, endpoint_id=endpoint_id, **given)
+        await store_on(once, KEYRING).replays.look(selection, position, limit=STRETCH, until=NOW)
+        assert once.complaints(expected) == [], endpoint_id
 
 
 @pytest.mark.parametrize("query", QUERIES)

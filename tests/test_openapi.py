@@ -166,6 +166,23 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     await relay.eventually(f"/v1/deliveries/{delivery}", lambda one: one["status"] == "delivered")
     event = (await walk("GET", "/v1/deliveries/{id}", delivery))["event_id"]
     await walk("POST", "/v1/deliveries/{id}/replay", delivery)
+    replay = {"endpoint_id": endpoint, "since": "2026-01-01T00:00:00Z", "event_type": "endpoint.test"}
+    await walk("POST", "/v1/replays", json=replay | {"status": "all", "dry_run": True})
+    replay |= {"status": "missing"}
+    made = await walk("POST", "/v1/replays", json=replay, headers={"idempotency-key": "of a replay"})
+    await walk("POST", "/v1/replays", json={"status": "missing"})
+    await relay.eventually(f"/v1/replays/{made['id']}", lambda one: one["status"] == "completed")
+    await walk("GET", "/v1/replays/{id}", made["id"])
+    await walk("DELETE", "/v1/replays/{id}", made["id"])  # it has ended
+    slowly = replay | {"status": "all", "rate_limit": 0.01}
+    await walk("POST", "/v1/endpoints/{id}/test", endpoint)
+    await relay.eventually(
+        "/v1/deliveries?status=delivered&event_type=endpoint.test", lambda page: page["data"][1:]
+    )
+    made = await walk("POST", "/v1/replays", json=slowly)
+    await walk("POST", "/v1/replays", json=slowly)
+    await walk("DELETE", "/v1/replays/{id}", made["id"])
+    await walk("DELETE", "/v1/replays/{id}", "rpl_unknown")
     await walk("GET", "/v1/events/{id}", event)
     await walk("POST", "/v1/events", json={"type": "order.shipped", "data": {"order": 42}})
     await walk("POST", "/v1/events", json={"type": "order.shipped", "data": 42})
@@ -175,7 +192,7 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     reader = {"headers": {"authorization": f"Bearer {made['key']}"}}
     for path in ("/v1/signing-secret", "/v1/signing-secret"):  # forbidden, then too often
         await walk("GET", path, **reader)
-    for path in ("endpoints", "generations", "events", "deliveries", "accounts", "keys", "audit"):
+    for path in ("endpoints", "generations", "events", "deliveries", "replays", "accounts", "keys", "audit"):
         assert (await walk("GET", f"/v1/{path}"))["data"], path
         await walk("GET", f"/v1/{path}", params={"limit": "x"})
     await walk("POST", "/v1/generations/{id}/refresh", generation)

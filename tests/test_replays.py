@@ -60,7 +60,9 @@ async def deliveries(relay: RunningRelay, **query: Any) -> Sequence[dict[str, An
 async def over(relay: RunningRelay, count: int, *statuses: str, **query: Any) -> None:
     """Returns once so many deliveries have these statuses."""
     async with asyncio.timeout(15):
-        while sum(one["status"] in statuses for one in await deliveries(relay, **query)) != count:
+        while True:
+            if sum(one["status"] in statuses for one in await deliveries(relay, **query)) == count:
+                return
             await asyncio.sleep(0.05)
 
 

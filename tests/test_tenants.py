@@ -63,6 +63,9 @@ async def settle(world: World, relay: RunningRelay, name: str) -> Tenant:
     theirs = RunningRelay(relay.origin, relay.settings, admin, relay.clock)
     await theirs.eventually(f"/v1/deliveries/{test['id']}", lambda one: one["status"] == "delivered")
     key = await create("/v1/keys", scopes=["read"], name=f"a key of {name}")
+    # It finds nothing.
+    replay = await create("/v1/replays", endpoint_id=endpoint["id"], since="2020-01-01T00:00:00Z")
+    await theirs.eventually(f"/v1/replays/{replay['id']}", lambda one: one["status"] == "completed")
     signing_secret = (await admin.get("/v1/signing-secret")).json()["secret"]
     audited = (await admin.get("/v1/audit")).json()["data"]
     return Tenant(
@@ -73,6 +76,7 @@ async def settle(world: World, relay: RunningRelay, name: str) -> Tenant:
             "generations": generation["id"],
             "events": event["id"],
             "deliveries": test["id"],
+            "replays": replay["id"],
             "keys": key["id"],
             "audit": audited[0]["id"],
             "accounts": account["name"],

@@ -96,15 +96,6 @@ def _instant(value: object) -> int:
     return at
 
 
-def _one_of(**types: str) -> dict[str, Any]:
-    """What the document says of a body that must have one of these fields."""
-    return {
-        "anyOf": [
-            {"required": [name], "properties": {name: {"type": type_}}} for name, type_ in types.items()
-        ]
-    }
-
-
 def _said(**schema: Any) -> Any:
     """What the document says of a value that a validator, which has better words for people, looks at."""
     return Field(json_schema_extra=schema)
@@ -308,7 +299,14 @@ class GenerationCreate(Request):
 class GenerationChange(Request):
     """Only the fields that are given are changed."""
 
-    model_config = ConfigDict(json_schema_extra=_one_of(job_id="string", metadata="object"))
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["job_id"], "properties": {"job_id": {"type": "string"}}},
+                {"required": ["metadata"], "properties": {"metadata": {"type": "object"}}},
+            ]
+        }
+    )
 
     job_id: JobId | None = None
     metadata: Metadata | None = None
@@ -515,7 +513,9 @@ class DeliveryWithAttempts(DeliveryResource):
 
 
 class ReplayCreate(Request):
-    model_config = ConfigDict(json_schema_extra=_one_of(since="string", generation_id="string"))
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["since"]}, {"required": ["generation_id"]}]}
+    )
 
     endpoint_id: str | None = Field(default=None, description="Without it, all endpoints that are enabled.")
     generation_id: str | None = None
