@@ -30,6 +30,7 @@ from relay.store.sealed import Sealed
 from relay.store.shards import Shards
 from relay.store.sqlite import SQLite
 from relay.store.tenants import Tenants
+from relay.store.types import Types
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Store:
     events: Events
     deliveries: Deliveries
     tenants: Tenants
+    types: Types
     keys: Keys
     audit: Audit
     accounts: Accounts
@@ -82,6 +84,7 @@ def store_on(database: Database, keyring: KeyRing) -> Store:
         events=Events(database, keyring),
         deliveries=Deliveries(database, keyring),
         tenants=Tenants(database, keyring),
+        types=Types(database),
         keys=Keys(database),
         audit=Audit(database),
         accounts=Accounts(database),
