@@ -68,10 +68,7 @@ def test_what_an_expression_finds_is_wanted(expression: str, wanted: bool) -> No
         ("a" * (LONGEST + 1), "1 to 1000 characters"),
         ("data.kind = 'image'", "is no JMESPath expression"),
         ("data.[", "is no JMESPath expression"),
-        (
-            "data.kind == `image`",
-            "is no JMESPath expression: what stands between ` must be JSON; text stands in single quotes",
-        ),
+        ("data.kind == `image`", "must be JSON; text stands in single quotes"),
         ("[data.a, data.b]", "must not build values"),
         ("data.{a: b}", "must not build values"),
         ("data.outputs[?[url, width]]", "must not build values"),
