@@ -15,6 +15,7 @@ from relay.asker import Asker
 from relay.batch import Batch
 from relay.bell import Bell
 from relay.callback import Callbacks
+from relay.catalog import Catalog
 from relay.config import Settings, accounts, check_url
 from relay.deliver import Deliverer
 from relay.errors import StoreError
@@ -307,6 +308,7 @@ def _assemble(
         callbacks=Callbacks(settings.origin, settings.secret_keys),
         ingest=ingest,
         live=live,
+        catalog=Catalog(store, ring=bell.ring, now=now),
         asker=asker,
         poller=poller,
         deliverer=deliverer,
@@ -339,6 +341,8 @@ def _listener(relay: Relay) -> Callable[[str], None]:
                 relay.poller.wake()
             case "endpoint":
                 relay.deliverer.forget(which)
+            case "types":
+                relay.catalog.forget(which)
             case "events":
                 relay.live.wake(which)
             case "streams":

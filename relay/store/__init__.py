@@ -31,6 +31,7 @@ from relay.store.sealed import Sealed
 from relay.store.shards import Shards
 from relay.store.sqlite import SQLite
 from relay.store.tenants import Tenants
+from relay.store.types import Types
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Store:
     events: Events
     deliveries: Deliveries
     tenants: Tenants
+    types: Types
     keys: Keys
     audit: Audit
     accounts: Accounts
@@ -84,6 +86,7 @@ def store_on(database: Database, keyring: KeyRing) -> Store:
         events=Events(database, keyring),
         deliveries=Deliveries(database, keyring),
         tenants=Tenants(database, keyring),
+        types=Types(database),
         keys=Keys(database),
         audit=Audit(database),
         accounts=Accounts(database),

@@ -18,6 +18,7 @@ COPIED: Mapping[str, Sequence[str]] = MappingProxyType(
         "keys": ("id",),
         "audit": ("id",),
         "endpoints": ("id",),
+        "event_types": ("tenant", "type"),
         "generations": ("id",),
         "credentials": ("name",),
         "accounts": ("name",),

@@ -7,7 +7,8 @@ from operator import attrgetter
 from typing import Any
 
 from relay import account as accounts
-from relay import event, signature
+from relay import event, schema, signature
+from relay.body import compact
 from relay.endpoint import Endpoint, Secret, origin
 from relay.errors import Conflict, FieldError, Invalid, Limited, NotFound
 from relay.event import Event
@@ -22,10 +23,11 @@ from relay.selection import Status as ReplayStatus
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Publication
 from relay.store.generations import Watch
+from relay.store.types import DeclaredType
 from relay.times import rfc3339
 from relay.web import resources as r
 from relay.web.context import Relay
-from relay.web.operation import Call, Result, checked_url, paged
+from relay.web.operation import LONGEST_NAME, Call, Result, checked_url, paged
 from relay.web.stream import Stream
 
 # For each endpoint, and for each tenant: of one relay.
@@ -52,6 +54,7 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         description=body.description,
         event_types=body.event_types or (),
         accounts=await _known_accounts(call, body.accounts),
+        filter=body.filter,
         headers=_headers(body.headers or {}, {}),
         rate_limit=body.rate_limit,
         metadata=body.metadata or {},
@@ -286,15 +289,55 @@ async def wait_for_generation(call: Call[None, r.WaitQuery]) -> Result:
 async def publish_event(call: Call[r.EventPublish | list[r.EventPublish], None]) -> Result:
     relay, now = call.relay, call.relay.now()
     items = call.body if isinstance(call.body, list) else [call.body]
+    await _check_data(call, items)
     made = [event.published(call.tenant, one.type, one.data, one.id, now=now) for one in items]
     kept = await relay.ingest.publish(Publication(call.tenant, made, call.idempotency))
     stored = [
-        _event(one, given.data if one is new else None)
+        r.PublishedEvent(**_event_fields(one, given.data if one is new else None), created=one is new)
         for one, new, given in zip(kept, made, items, strict=True)
     ]
     if isinstance(call.body, list):
-        return Result(201, r.Page[r.EventResource](data=stored, next_cursor=None))
+        return Result(201, r.Page[r.PublishedEvent](data=stored, next_cursor=None))
     return Result(201, stored[0])
+
+
+async def put_event_type(call: Call[r.EventTypePut, None]) -> Result:
+    type_, now = call.path["type"], call.relay.now()
+    problem = r.problem_of_type(type_)
+    if problem is not None:
+        raise Invalid(FieldError("type", problem))
+    schema = call.body.schema_
+    text = compact(schema).decode() if schema is not None else None
+    given = call.body.model_dump(exclude_unset=True, by_alias=True)
+    declared, is_new = await call.relay.store.types.put(
+        DeclaredType(call.tenant, type_, call.body.description, text, now, now),
+        entry=call.entry("event_type.declared", type_, fields=list(given)),
+    )
+    call.relay.catalog.changed(call.tenant)
+    return Result(201 if is_new else 200, r.EventTypeResource.of(declared))
+
+
+async def list_event_types(call: Call[None, r.PageQuery]) -> Result:
+    limit = call.query.limit
+    found = await call.relay.store.types.page(call.tenant, limit=limit + 1, cursor=call.query.cursor)
+    page, more = [r.EventTypeResource.of(one) for one in found[:limit]], len(found) > limit
+    return Result(200, r.Page[r.EventTypeResource](data=page, next_cursor=page[-1].type if more else None))
+
+
+async def get_event_type(call: Call[None, None]) -> Result:
+    found = await call.relay.store.types.get(call.tenant, call.path["type"])
+    if found is None:
+        raise NotFound(f"no event type {call.path['type']}")
+    return Result(200, r.EventTypeResource.of(found))
+
+
+async def delete_event_type(call: Call[None, None]) -> Result:
+    type_ = call.path["type"]
+    entry = call.entry("event_type.deleted", type_)
+    if not await call.relay.store.types.delete(call.tenant, type_, entry=entry):
+        raise NotFound(f"no event type {type_}")
+    call.relay.catalog.changed(call.tenant)
+    return Result(204)
 
 
 async def list_events(call: Call[None, r.EventQuery]) -> Result:
@@ -486,22 +529,39 @@ def _generation(relay: Relay, one: Generation) -> r.GenerationResource:
     return r.GenerationResource.of(one, relay.callbacks.url(one.account, one.id) if calls_back else None)
 
 
-def _event(one: Event, data: Mapping[str, Any] | None = None) -> r.EventResource:
+async def _check_data(call: Call[Any, Any], items: Sequence[r.EventPublish]) -> None:
+    """Raises Invalid, naming the place in each of them that does not fit the schema of its type."""
+    schemas = await call.relay.catalog.schemas(call.tenant)
+    errors = []
+    for place, one in enumerate(items):
+        found = schema.complaint(schemas[one.type], one.data) if one.type in schemas else None
+        if found is not None:
+            prefix = f"{place}." if isinstance(call.body, list) else ""
+            errors.append(FieldError(f"{prefix}data{found[0]}"[:LONGEST_NAME], found[1]))
+    if errors:
+        raise Invalid(*errors)
+
+
+def _event(one: Event) -> r.EventResource:
+    return r.EventResource(**_event_fields(one))
+
+
+def _event_fields(one: Event, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`data` spares reading it from the body, when it is at hand."""
     timestamp = rfc3339(one.created_at)
     if data is None:
         body = json.loads(one.body)
         data, timestamp = body["data"], body["timestamp"]
-    return r.EventResource(
-        id=one.id,
-        type=one.type,
-        timestamp=timestamp,
-        data=data,
-        generation_id=one.generation_id,
-        account=one.account,
-        source_id=one.source_id,
-        created_at=rfc3339(one.created_at),
-    )
+    return {
+        "id": one.id,
+        "type": one.type,
+        "timestamp": timestamp,
+        "data": data,
+        "generation_id": one.generation_id,
+        "account": one.account,
+        "source_id": one.source_id,
+        "created_at": rfc3339(one.created_at),
+    }
 
 
 def _delivery(one: Delivery) -> r.DeliveryResource:

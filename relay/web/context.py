@@ -8,6 +8,7 @@ from relay.asker import Asker
 from relay.batch import Batch
 from relay.bell import Bell
 from relay.callback import Callbacks
+from relay.catalog import Catalog
 from relay.config import Settings
 from relay.deliver import Deliverer
 from relay.hold import Holder
@@ -37,6 +38,7 @@ class Relay:
     callbacks: Callbacks
     ingest: Ingest
     live: Live
+    catalog: Catalog
     asker: Asker
     poller: Poller
     deliverer: Deliverer

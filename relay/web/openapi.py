@@ -262,8 +262,9 @@ def _models(operations: Sequence[Operation]) -> list[tuple[type[BaseModel], Any]
     for operation in operations:
         if operation.body is not None:
             found[(operation.body, "validation")] = None
-        if operation.returns is not None:
-            found[(operation.returns, "serialization")] = None
+        for model in (operation.returns, operation.page):
+            if model is not None:
+                found[(model, "serialization")] = None
     return list(found)
 
 

@@ -2,6 +2,7 @@
 
 from relay.key import Scope
 from relay.live import STREAMS
+from relay.store.types import MOST as MOST_TYPES
 from relay.web import admin, api
 from relay.web import resources as r
 from relay.web.operation import Operation
@@ -200,12 +201,12 @@ OPERATIONS = (
         WRITE,
         "Publish an event of your own, or up to 100 as a list",
         api.publish_event,
-        r.EventResource,
-        {201: "Stored, and on its way to the endpoints that want its type"},
+        r.PublishedEvent,
+        {201: "Stored, all or none of a list, and on its way to the endpoints that want its type"},
         body=r.EventPublish,
         creates=True,
         at_most=100,
-        page=r.Page[r.EventResource],
+        page=r.Page[r.PublishedEvent],
         example={"type": "order.shipped", "data": {"order": 42}, "id": "order-42-shipped"},
     ),
     Operation(
@@ -236,6 +237,48 @@ OPERATIONS = (
         streams=True,
     ),
     Operation("GET", "/v1/events/{id}", READ, "Show an event", api.get_event, r.EventResource, _FOUND),
+    Operation(
+        "PUT",
+        "/v1/event-types/{type}",
+        WRITE,
+        "Declare a type of events that you publish, or change what was declared",
+        api.put_event_type,
+        r.EventTypeResource,
+        {201: "Declared", 200: "Changed", 409: f"There are {MOST_TYPES} declared types already"},
+        body=r.EventTypePut,
+        example={
+            "description": "An order has left the house",
+            "schema": {"type": "object", "required": ["order"], "properties": {"order": {"type": "integer"}}},
+        },
+    ),
+    Operation(
+        "GET",
+        "/v1/event-types",
+        READ,
+        "List declared types, by name",
+        api.list_event_types,
+        r.Page[r.EventTypeResource],
+        {200: "A page"},
+        query=r.PageQuery,
+    ),
+    Operation(
+        "GET",
+        "/v1/event-types/{type}",
+        READ,
+        "Show a declared type",
+        api.get_event_type,
+        r.EventTypeResource,
+        _FOUND,
+    ),
+    Operation(
+        "DELETE",
+        "/v1/event-types/{type}",
+        WRITE,
+        "Forget what was declared of a type; it may still be published",
+        api.delete_event_type,
+        None,
+        {204: "Deleted", 404: _FOUND[404]},
+    ),
     Operation(
         "GET",
         "/v1/deliveries",

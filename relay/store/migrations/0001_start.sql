@@ -56,6 +56,7 @@ CREATE TABLE endpoints (
     accounts TEXT NOT NULL,
     headers TEXT NOT NULL,
     metadata TEXT NOT NULL,
+    filter TEXT,
     secrets TEXT NOT NULL,
     rate_limit DOUBLE PRECISION,
     failing_since BIGINT,
@@ -169,6 +170,17 @@ CREATE TABLE events (
     created_at BIGINT NOT NULL,
     CONSTRAINT each_status_is_announced_once UNIQUE (generation_id, announces),
     CONSTRAINT a_publisher_names_an_event_once UNIQUE (source_id, tenant)
+);
+
+-- What its publishers have said of a type; one that is not here may be published all the same.
+CREATE TABLE event_types (
+    tenant TEXT NOT NULL,
+    type TEXT NOT NULL,
+    description TEXT,
+    schema TEXT,
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    PRIMARY KEY (tenant, type)
 );
 
 CREATE TABLE deliveries (
