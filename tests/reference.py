@@ -24,7 +24,7 @@ is named.
 - **Times** are RFC 3339, in UTC with milliseconds.
 - **Refusals** are problem+json (RFC 9457): `type`, `title`, `status`, `detail`, and for bad input
   `errors: [{"field", "message"}]`. Besides what is said at each operation: 400 malformed, 401 no or bad key,
-  403 the key lacks the scope, 404 unknown (or another tenant's), 413 and 415 for bodies that are not taken, 422
+  403 the key lacks the scope, 404 unknown (or another tenant's), 413 and 415 a body that is not taken, 422
   well-formed but invalid, 429 the key is limited, 503 the database takes nothing for now (both with
   `Retry-After`): nothing was changed.
 - **`Idempotency-Key`** is honoured where it is mentioned: the same request under the same key creates one

@@ -5,6 +5,7 @@ here, one after the other in one shell, `sh by hand` needs what a test does not 
 """
 
 import asyncio
+import importlib
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import httpx
 import pytest
 
 from relay import signature
+from relay.providers import PROVIDERS, load
 from tests import reference
 from tests.conftest import ADMIN_KEY, World, need
 from tests.program import THOROUGH
@@ -248,3 +250,34 @@ async def run(*command: str, cwd: Path) -> tuple[int, str]:
     out, _ = await asyncio.wait_for(process.communicate(), 100)
     assert process.returncode is not None
     return process.returncode, out.decode()
+
+
+@pytest.mark.parametrize("name", list(PROVIDERS))
+def test_the_page_of_providers_says_what_their_code_does(name: str):
+    text = (DOCS / "providers.md").read_text("utf-8")
+    section = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    provider, module = load(name), importlib.import_module(type(load(name)).__module__)
+    codes = getattr(module, "ERRORS", None) or getattr(module, "FAILURES", {})
+    named = [*module.STATUSES, *codes, provider.base_url]
+    assert [one for one in named if f"`{one}`" not in section] == []
+    column = text.splitlines()[
+        next(i for i, line in enumerate(text.splitlines()) if line.startswith("| | `pix"))
+    ]
+    place = [cell.strip() for cell in column.split("|")].index(f"`{name}`")
+    cells = {
+        (parts := [cell.strip() for cell in line.split("|")])[1]: parts[place]
+        for line in text.splitlines()
+        if line.startswith("| ") and line.count("|") == 6
+    }
+    pace = provider.pace
+    assert cells["asked at"] == f"`GET {provider.path('{id}')}`"
+    assert cells["shortest pause between polls"] == f"{pace.interval // 1000} s"
+    assert cells["expected at first"] == f"{(pace.typical or (0, 0))[0] // 1000} s"
+    assert cells["`timed_out` after"] == f"{pace.timeout // 60_000} min"
+    assert cells["key"] == ("`Bearer`" if provider.authorization("k") == "Bearer k" else "the key alone")
+    kinds = {
+        (False, False): "no",
+        (True, False): "unsigned, for one job",
+        (False, True): "signed, for a whole account",
+    }
+    assert cells["calls back"] == kinds[provider.calls_back, provider.signs]
