@@ -31,6 +31,7 @@ from tests.serving import listener
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 BLOCK = re.compile(r"^```(\w*)(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 # They may be in use here: a test takes others.
 PORTS = ("8080", "8090", "3000")
@@ -60,6 +61,22 @@ def test_every_block_of_shell_is_run_or_says_why_not(page: Path):
         more for kind, more, _ in BLOCK.findall(page.read_text("utf-8")) if kind in ("sh", "bash", "shell")
     }
     assert kinds <= {" run", " by hand"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / name for name in TOP)], ids=lambda page: page.stem)
+def test_every_link_to_a_file_of_ours_leads_somewhere(page: Path):
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http:", "https:")):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
+            assert anchor in {
+                re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads
+            }, link
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
@@ -260,24 +277,13 @@ def test_the_page_of_providers_says_what_their_code_does(name: str):
     codes = getattr(module, "ERRORS", None) or getattr(module, "FAILURES", {})
     named = [*module.STATUSES, *codes, provider.base_url]
     assert [one for one in named if f"`{one}`" not in section] == []
-    column = text.splitlines()[
-        next(i for i, line in enumerate(text.splitlines()) if line.startswith("| | `pix"))
-    ]
-    place = [cell.strip() for cell in column.split("|")].index(f"`{name}`")
-    cells = {
-        (parts := [cell.strip() for cell in line.split("|")])[1]: parts[place]
-        for line in text.splitlines()
-        if line.startswith("| ") and line.count("|") == 6
-    }
+    head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "|" in line]
+    cells = {row[1]: row[head.index(f"`{name}`")] for row in rows}
     pace = provider.pace
     assert cells["asked at"] == f"`GET {provider.path('{id}')}`"
     assert cells["shortest pause between polls"] == f"{pace.interval // 1000} s"
     assert cells["expected at first"] == f"{(pace.typical or (0, 0))[0] // 1000} s"
     assert cells["`timed_out` after"] == f"{pace.timeout // 60_000} min"
     assert cells["key"] == ("`Bearer`" if provider.authorization("k") == "Bearer k" else "the key alone")
-    kinds = {
-        (False, False): "no",
-        (True, False): "unsigned, for one job",
-        (False, True): "signed, for a whole account",
-    }
-    assert cells["calls back"] == kinds[provider.calls_back, provider.signs]
+    calls = "unsigned, for one job" if provider.calls_back else "no"
+    assert cells["calls back"] == ("signed, for a whole account" if provider.signs else calls)
