@@ -5,6 +5,7 @@ here, one after the other in one shell, `sh by hand` needs what a test does not 
 """
 
 import asyncio
+import importlib
 import os
 import re
 import shutil
@@ -21,13 +22,16 @@ import httpx
 import pytest
 
 from relay import signature
-from tests.conftest import World, need
+from relay.providers import PROVIDERS, load
+from tests import reference
+from tests.conftest import ADMIN_KEY, World, need
 from tests.program import THOROUGH
 from tests.serving import listener
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 BLOCK = re.compile(r"^```(\w*)(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 # They may be in use here: a test takes others.
 PORTS = ("8080", "8090", "3000")
@@ -57,6 +61,22 @@ def test_every_block_of_shell_is_run_or_says_why_not(page: Path):
         more for kind, more, _ in BLOCK.findall(page.read_text("utf-8")) if kind in ("sh", "bash", "shell")
     }
     assert kinds <= {" run", " by hand"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / name for name in TOP)], ids=lambda page: page.stem)
+def test_every_link_to_a_file_of_ours_leads_somewhere(page: Path):
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http:", "https:")):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
+            assert anchor in {
+                re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads
+            }, link
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
@@ -211,3 +231,59 @@ async def test_an_example_takes_what_is_genuine_once_and_refuses_what_is_not(
                 headers = signature.headers([secret], "evt_1", int(time.time()) - 301, body)
                 assert (await client.post(receiver.url, content=body, headers=headers)).status_code == 400
         assert len(receiver.handled) == 1
+
+
+def test_the_reference_is_what_the_openapi_document_says():
+    assert reference.PAGE.read_text("utf-8") == reference.reference()
+
+
+@pytest.mark.skipif(not THOROUGH, reason="the generator is fetched with RELAY_THOROUGH only")
+async def test_a_client_that_is_generated_from_the_document_works(world: World, tmp_path: Path):
+    relay = await world.relay()
+    (tmp_path / "relay.json").write_bytes((await relay.api.get("/openapi.json")).content)
+    generate = ["generate", "--path", "relay.json", "--meta", "none", "--output-path", "relay_client"]
+    use = (
+        "import sys; from relay_client import AuthenticatedClient;"
+        " from relay_client.api.endpoints import create_endpoint, list_endpoints;"
+        " from relay_client.models import EndpointCreate;"
+        " client = AuthenticatedClient(sys.argv[1], sys.argv[2]);"
+        " made = create_endpoint.sync(client=client, body=EndpointCreate(url='https://example.com/hook'));"
+        " assert list_endpoints.sync(client=client).data[0].id == made.id"
+    )
+    with_it = [sys.executable, "-m", "uv", "tool", "run", "--from", "openapi-python-client", "--with", "ruff"]
+    made = await run(*with_it, "openapi-python-client", *generate, cwd=tmp_path)
+    if "network" in made[1].lower() or "failed to fetch" in made[1].lower():
+        pytest.skip("the generator cannot be had here")
+    assert made[0] == 0, made[1]
+    assert "Warning" not in made[1]
+    used = await run(*with_it, "python", "-c", use, relay.origin, ADMIN_KEY, cwd=tmp_path)
+    assert used[0] == 0, used[1]
+
+
+async def run(*command: str, cwd: Path) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 100)
+    assert process.returncode is not None
+    return process.returncode, out.decode()
+
+
+@pytest.mark.parametrize("name", list(PROVIDERS))
+def test_the_page_of_providers_says_what_their_code_does(name: str):
+    text = (DOCS / "providers.md").read_text("utf-8")
+    section = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    provider, module = load(name), importlib.import_module(type(load(name)).__module__)
+    codes = getattr(module, "ERRORS", None) or getattr(module, "FAILURES", {})
+    named = [*module.STATUSES, *codes, provider.base_url]
+    assert [one for one in named if f"`{one}`" not in section] == []
+    head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "|" in line]
+    cells = {row[1]: row[head.index(f"`{name}`")] for row in rows}
+    pace = provider.pace
+    assert cells["asked at"] == f"`GET {provider.path('{id}')}`"
+    assert cells["shortest pause between polls"] == f"{pace.interval // 1000} s"
+    assert cells["expected at first"] == f"{(pace.typical or (0, 0))[0] // 1000} s"
+    assert cells["`timed_out` after"] == f"{pace.timeout // 60_000} min"
+    assert cells["key"] == ("`Bearer`" if provider.authorization("k") == "Bearer k" else "the key alone")
+    calls = "unsigned, for one job" if provider.calls_back else "no"
+    assert cells["calls back"] == ("signed, for a whole account" if provider.signs else calls)

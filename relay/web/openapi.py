@@ -1,5 +1,6 @@
 """The OpenAPI 3.1 document, made from the operations and their models."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -151,7 +152,7 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, names)
     paths |= _open_paths(names)
-    return {
+    described = {
         "openapi": "3.1.0",
         "info": {
             "title": "Relay",
@@ -169,6 +170,20 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": _KEYS}},
         },
     }
+    return _well_named(described)
+
+
+def _well_named(described: dict[str, Any]) -> dict[str, Any]:
+    """Models of the same name are told apart by their modules, `relay__delivery__Status`: generators of
+    clients go by title, and want `DeliveryStatus`."""
+    text = json.dumps(described)
+    for long in [name for name in described["components"]["schemas"] if "__" in name]:
+        module, name = long.split("__")[-2:]
+        text = text.replace(long, module.capitalize() + name)
+    named: dict[str, Any] = json.loads(text)
+    for name, schema in named["components"]["schemas"].items():
+        schema["title"] = name
+    return named
 
 
 def _open_paths(names: Mapping[Any, Any]) -> dict[str, Any]:

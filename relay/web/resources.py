@@ -322,8 +322,8 @@ class GenerationChange(Request):
     model_config = ConfigDict(
         json_schema_extra={
             "anyOf": [
-                {"required": ["job_id"], "properties": {"job_id": {"type": "string"}}},
-                {"required": ["metadata"], "properties": {"metadata": {"type": "object"}}},
+                {"required": ["job_id"], "properties": {"job_id": {"not": {"type": "null"}}}},
+                {"required": ["metadata"], "properties": {"metadata": {"not": {"type": "null"}}}},
             ]
         }
     )
