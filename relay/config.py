@@ -127,6 +127,14 @@ class MetricsSettings(_Section):
     allow: tuple[IPvAnyNetwork, ...] = ()
 
 
+class TracingSettings(_Section):
+    endpoint: str | None = Field(default=None, pattern=r"^https?://", repr=False)
+    headers: Mapping[str, str] = Field(default_factory=dict, repr=False)
+    service: str = "relay"
+    share: float = Field(default=1.0, ge=0, le=1)
+    propagate: bool = False
+
+
 class Settings(_Section):
     """The whole configuration; `config.example.yaml` says what each key means."""
 
@@ -145,6 +153,7 @@ class Settings(_Section):
     network: NetworkSettings = NetworkSettings()
     retention: RetentionSettings = RetentionSettings()
     metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
 
     @property
     def secret_keys(self) -> tuple[str, ...]:

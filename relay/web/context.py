@@ -15,11 +15,13 @@ from relay.ingest import Ingest
 from relay.limit import Limit
 from relay.metrics import Metrics
 from relay.poll import Poller
+from relay.prune import Pruner
 from relay.redact import Redactor
 from relay.roster import Roster
 from relay.shard import Held
 from relay.store import Store
 from relay.store.generations import Hint, Watch, Watched
+from relay.tracing import Tracing
 from relay.web.auth import Gate
 
 
@@ -38,12 +40,14 @@ class Relay:
     deliverer: Deliverer
     shards: Held
     holder: Holder
+    pruner: Pruner
     bell: Bell
     gate: Gate
     test_limit: Limit
     replay_limit: Limit
     redactor: Redactor
     metrics: Metrics
+    tracing: Tracing | None
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]
     now: Callable[[], int]
