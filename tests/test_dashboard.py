@@ -1,4 +1,4 @@
-"""The dashboard and the alerts of `deploy/`: they name what there is."""
+"""The dashboard, the alerts and the page about metrics: they name what there is, and all of it."""
 
 import json
 import re
@@ -67,6 +67,19 @@ def test_everything_that_is_measured_is_shown_somewhere():
     ours = {re.sub(r"_(bucket|sum|count)$", "", name) for name in known() if name.startswith("relay_")}
     # Two say the same in other words: a status and how long to wait.
     assert {name for name in ours if name not in shown} == {"relay_account_failures"}
+
+
+def test_everything_that_is_measured_is_explained_with_its_labels():
+    text = (DEPLOY.parent / "docs" / "watching.md").read_text("utf-8")
+    there = {name: labels for name, labels in known().items() if name.startswith("relay_")}
+    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `relay_")]
+    explained = {}
+    for names, labels, _ in rows:
+        explained |= {name: set(re.findall(r"\w+", labels)) for name in re.findall(r"relay_\w+", names)}
+    for name, labels in there.items():
+        bare = re.sub(r"_(bucket|sum|count)$", "", name)
+        assert labels <= explained[bare], name
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in there} == explained.keys()
 
 
 def test_alerts_have_the_shape_that_prometheus_wants():
