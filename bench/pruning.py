@@ -70,8 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less of everything, to see that it works")
     parser.add_argument("--rate", type=float, default=1000.0, help="deliveries a second")
+    parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
-    much = (333_334, 3, 45.0)
+    much = (333_334, arguments.repetitions, 45.0)
     events, repetitions, seconds = (60_000, 1, 5.0) if arguments.quick else much
     figures = uvloop.run(measure(events, repetitions, seconds, arguments.rate))
     show_all(figures)

@@ -17,7 +17,7 @@ from relay import account, tenant
 from relay.endpoint import canonical_url
 from relay.errors import ConfigError
 from relay.providers import Account, load
-from relay.redact import passwords
+from relay.redact import credentials, passwords
 from relay.times import parse_duration
 
 OVERRIDES = {
@@ -169,7 +169,11 @@ class Settings(_Section):
     @property
     def secrets(self) -> list[str]:
         """All that must appear nowhere: what `repr` does not show, of URLs the passwords."""
-        return [secret for text in _hidden(self) for secret in (passwords(text) if "://" in text else [text])]
+        return [
+            secret
+            for text in _hidden(self)
+            for secret in (passwords(text) if "://" in text else credentials(text))
+        ]
 
 
 def _hidden(value: Any, hide: bool = False) -> Iterator[str]:

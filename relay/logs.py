@@ -32,14 +32,18 @@ class WideFormatter(logging.Formatter):
 
     def _line(self, record: logging.LogRecord) -> str:
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        fields = {
+        fields: dict[str, object] = {
             name: self._cut(value)
             for name, value in vars(record).items()
             if name not in _STANDARD and value is not None
         }
         trace = self.formatException(record.exc_info) if record.exc_info else None
         if self._as_json:
-            line = {"at": at, "level": record.levelname.lower(), "event": record.getMessage()}
+            line: dict[str, object] = {
+                "at": at,
+                "level": record.levelname.lower(),
+                "event": record.getMessage(),
+            }
             line = {**line, **{name: value for name, value in fields.items() if name not in line}}
             return json.dumps({**line, "trace": trace} if trace else line, default=str)
         tail = "".join(f" {name}={value}" for name, value in fields.items())

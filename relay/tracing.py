@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, Self
 
 from relay import __version__
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.id_generator import IdGenerator
 
+MISSING = "needs the extra: pip install 'relay-notifier[otel]'"
 _TIMEOUT = 5
 _NANOSECONDS = 1_000_000
 
@@ -59,9 +61,7 @@ class Tracing:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
             from opentelemetry.sdk.trace.sampling import ALWAYS_ON
         except ImportError as error:
-            raise ConfigError(
-                "tracing.endpoint: needs the extra: pip install 'relay-notifier[otel]'"
-            ) from error
+            raise ConfigError(f"tracing.endpoint: {MISSING}") from error
         about = {"service.name": service, "service.version": __version__, "service.instance.id": relay}
         provider = TracerProvider(
             resource=Resource.create(about),
@@ -123,6 +123,14 @@ class Tracing:
 
     def _is_sent(self, trace_id: int) -> bool:
         return (trace_id & 0xFFFFFFFF) < self._share * 2**32
+
+
+def is_installed() -> bool:
+    """Whether tracing can be had here."""
+    try:
+        return find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _ids_of(about: str) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from tests.conftest import World
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO)
-    caplog.handler.setFormatter(WideFormatter(as_json=True, clean=Redactor()))
     return caplog
 
 
