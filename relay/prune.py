@@ -15,8 +15,8 @@ _IDEMPOTENCY = 86_400_000
 # A step is made as large as the database does within so many seconds, and is followed by a rest so many times
 # as long: whoever delivers meanwhile waits for one step at most, and seldom. After so many seconds more comes
 # perhaps than goes, and rests are as long as steps.
-STEP_SECONDS, REST, HURRY_AFTER = 0.05, 3, 600
-_FEWEST, _FIRST, _MOST = 100, 100, 500
+STEP_SECONDS, REST, HURRY_AFTER = 0.025, 3, 600
+_FEWEST, _FIRST, _MOST = 50, 100, 500
 # Of what has become free in a database's file, so much is given back in one step.
 PAGES = 128
 
