@@ -35,6 +35,7 @@ audit: .venv/.installed-dev  ## Look for known vulnerabilities in what the lock 
 bench: .venv/.installed-dev  ## Measure: how fast, how soon, how fair, on both databases (about half an hour)
 	$(BIN)/python -m bench.delivery --json bench/results.json
 	$(BIN)/python -m bench.scaling --json bench/results-scaling.json
+	$(BIN)/python -m bench.pruning
 
 bench-polling: .venv/.installed-dev  ## Measure: how soon an end is known, for how many requests (some minutes)
 	$(BIN)/python -m bench.polling --plot docs/polling.svg

@@ -102,10 +102,15 @@ def wait_until_ready(port: int) -> None:
 
 @contextmanager
 def relay(
-    directory: str, *, timeout: str = "15s", database: str = "sqlite:///relay.db", **config: Any
+    directory: str,
+    program: str = "relay",
+    *,
+    timeout: str = "15s",
+    database: str = "sqlite:///relay.db",
+    **config: Any,
 ) -> Iterator[tuple[Process, int]]:
     """A relay on a database, in this directory when none is named; `config` are more keys of its
-    configuration."""
+    configuration, `program` what is run instead of it."""
     port = free_port()
     settings = {
         "port": port,
@@ -119,7 +124,7 @@ def relay(
     }
     config = Path(directory, f"config-{port}.yaml")
     config.write_text(json.dumps(settings))
-    process = Process("relay", "serve", "--config", str(config), cwd=directory)
+    process = Process(program, "serve", "--config", str(config), cwd=directory)
     try:
         wait_until_ready(port)
         yield process, port

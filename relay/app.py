@@ -16,7 +16,7 @@ from relay.batch import Batch
 from relay.bell import Bell
 from relay.callback import Callbacks
 from relay.catalog import Catalog
-from relay.config import Settings, accounts, check_url
+from relay.config import Settings, TracingSettings, accounts, check_url
 from relay.deliver import Deliverer
 from relay.errors import StoreError
 from relay.generation import Update
@@ -31,7 +31,7 @@ from relay.limit import Limit
 from relay.live import Live
 from relay.metrics import Metrics
 from relay.poll import Poller
-from relay.prune import prune
+from relay.prune import Pruner
 from relay.pulse import Pulse
 from relay.redact import Redactor
 from relay.renew import Renewer
@@ -46,6 +46,7 @@ from relay.store.generations import Hint
 from relay.store.migrate import migrate
 from relay.store.tables import check_whole
 from relay.tenant import DEFAULT
+from relay.tracing import Tracing
 from relay.web import inbound, ops
 from relay.web.api import REPLAYS_A_SECOND, REPLAYS_AT_ONCE, TESTS_A_MINUTE
 from relay.web.auth import Gate
@@ -167,7 +168,11 @@ async def running(
         sender = Sender.open(guard, timeout=settings.delivery.timeout, proxy=settings.network.proxy, now=now)
         stack.push_async_callback(sender.close)
         known = redactor or Redactor(*settings.secrets)
-        relay = _assemble(settings, store, asker, sender, redactor=known, now=now)
+        name, tracing = new_id("rly", now()), None
+        if settings.tracing.endpoint is not None:
+            tracing = _open_tracing(settings.tracing, settings.tracing.endpoint, relay=name)
+            stack.push_async_callback(tracing.close)
+        relay = _assemble(settings, store, asker, sender, redactor=known, name=name, tracing=tracing, now=now)
         await relay.accounts.look_at_all()
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
@@ -183,10 +188,22 @@ async def running(
         stack.push_async_callback(relay.deliverer.stop)
         stack.push_async_callback(relay.ingest.flush)
         stack.push_async_callback(relay.poller.stop)
+        stack.push_async_callback(relay.pruner.stop)
         stack.callback(relay.holder.wind_down)
         # A shutdown would cancel the ticks under way, and what they have just claimed would be nobody's.
         stack.callback(metronome.pause)
         yield relay
+
+
+def _open_tracing(settings: TracingSettings, endpoint: str, *, relay: str) -> Tracing:
+    return Tracing.open(
+        endpoint,
+        headers=settings.headers,
+        service=settings.service,
+        relay=relay,
+        share=settings.share,
+        propagates=settings.propagate,
+    )
 
 
 async def _prepare(
@@ -217,9 +234,11 @@ def _assemble(
     sender: Sender,
     *,
     redactor: Redactor,
+    name: str,
+    tracing: Tracing | None,
     now: Callable[[], int],
 ) -> Relay:
-    held, name, metrics = Held(), new_id("rly", now()), Metrics(settings.accounts)
+    held, metrics, pulse = Held(), Metrics(settings.accounts), Pulse()
     bell = Bell(store.database, relay=name)
 
     def check_base_url(url: str) -> None:
@@ -241,6 +260,7 @@ def _assemble(
         ring=bell.ring,
         renew=Renewer(store, look=look, now=now).renew,
         metrics=metrics,
+        tracing=tracing,
         now=now,
     )
     live = Live(store, ring=bell.ring, now=now)
@@ -251,6 +271,7 @@ def _assemble(
         stored=live.stored,
         progress_interval=settings.delivery.progress_interval,
         metrics=metrics,
+        tracing=tracing,
         now=now,
     )
 
@@ -264,6 +285,7 @@ def _assemble(
         record=ingest.record,
         changed=ingest.account_changed,
         metrics=metrics,
+        tracing=tracing,
         now=now,
     )
 
@@ -301,6 +323,11 @@ def _assemble(
         await store.generations.hint(hints, turns=turns, now=now())
         return [None] * len(hints)
 
+    def may_prune() -> bool:
+        # To remove much may take hours; as long as it asks, it is alive.
+        pulse.beat("prune", time.monotonic())
+        return held.covers("retention", now())
+
     return Relay(
         settings=settings,
         store=store,
@@ -314,15 +341,26 @@ def _assemble(
         deliverer=deliverer,
         shards=held,
         holder=holder,
+        pruner=Pruner(
+            store,
+            events=settings.retention.events,
+            attempts=settings.retention.attempts,
+            bodies=settings.retention.bodies,
+            audit=settings.retention.audit,
+            may=may_prune,
+            observed=metrics.pruned,
+            now=now,
+        ),
         bell=bell,
         gate=Gate(store.keys, settings.admin_key, now=now),
         test_limit=Limit(TESTS_A_MINUTE / 60, TESTS_A_MINUTE),
         replay_limit=Limit(REPLAYS_A_SECOND, REPLAYS_AT_ONCE),
-        pulse=Pulse(),
+        pulse=pulse,
         redactor=redactor,
         watch=Batch(store.generations.create, observed=metrics.written("watch")),
         hint=Batch(hint, observed=metrics.written("hint")),
         metrics=metrics,
+        tracing=tracing,
         now=now,
     )
 
@@ -358,27 +396,6 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
     scheduler = AsyncIOScheduler(
         timezone="UTC", job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
     )
-    retention = relay.settings.retention
-    looked_through: dict[str, str] = {}
-
-    def prunes() -> bool:
-        # To remove much may take hours.
-        relay.pulse.beat("prune", time.monotonic())
-        return relay.shards.covers("retention", relay.now())
-
-    async def remove_old() -> None:
-        if prunes():
-            await prune(
-                relay.store,
-                events=retention.events,
-                attempts=retention.attempts,
-                audit=retention.audit,
-                bodies=retention.bodies,
-                looked_through=looked_through,
-                goes_on=prunes,
-                observed=relay.metrics.pruned,
-                now=relay.now(),
-            )
 
     async def replay() -> None:
         await advance(relay.store, covers=relay.shards.covers, wake=relay.deliverer.wake, now=relay.now)
@@ -402,7 +419,7 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
         every(BEAT, "hold", relay.holder.beat, longest_rest=1)
     else:
         every(TIDY_TICK, "tidy", relay.store.database.tidy, longest_rest=1)
-    every(PRUNE_TICK, "prune", remove_old, longest_rest=1)
+    every(PRUNE_TICK, "prune", relay.pruner.tick, longest_rest=1)
     every(KEYS_TICK, "keys", relay.gate.write_down, longest_rest=1)
     scheduler.start()
     return scheduler

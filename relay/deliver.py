@@ -28,6 +28,7 @@ from relay.shard import Held, shard_of
 from relay.store import Store
 from relay.store.events import Handoff
 from relay.times import rfc3339
+from relay.tracing import Tracing
 
 log = logging.getLogger(__name__)
 LEASE = 45_000
@@ -66,10 +67,11 @@ class Deliverer:
         ring: Callable[[str, int | str], None],
         renew: Callable[[str, int], Awaitable[bool]],
         metrics: Metrics,
+        tracing: Tracing | None,
         now: Callable[[], int],
     ) -> None:
         self._store, self._sender, self._renewal, self._now = store, sender, renew, now
-        self._metrics = metrics
+        self._metrics, self._tracing = metrics, tracing
         self._shards, self._ring = shards, ring
         self._schedule, self._timeout = schedule, timeout
         self._concurrency, self._most = concurrency, endpoint_concurrency
@@ -397,8 +399,9 @@ class Deliverer:
 
     async def _attempt(self, name: str, lane: Lane, one: Claimed, *, unproven: bool) -> None:
         answer = news = None
+        span = self._tracing.new_span() if self._tracing is not None else 0
         try:
-            answer = await self._send(one)
+            answer = await self._send(one, span)
         finally:
             self._sending -= 1
             lane.sending -= 1
@@ -412,7 +415,7 @@ class Deliverer:
             self._pump()
         try:
             if answer is not None:
-                await self._log_and_settle(one, answer, news)
+                await self._log_and_settle(one, answer, news, span)
         finally:
             lane.unsettled -= 1
             self._over.set()
@@ -461,7 +464,7 @@ class Deliverer:
             if name in self._lanes:
                 self._offer(name, self._lanes[name])
 
-    async def _send(self, one: Claimed) -> Answer | None:
+    async def _send(self, one: Claimed, span: int) -> Answer | None:
         if self._is_too_late(one):
             return None
         now = self._now()
@@ -469,9 +472,11 @@ class Deliverer:
             message = "its secret cannot be opened: it was changed in the database; rotate it"
             return Answer(now, 0, code=Code.INTERNAL, message=message)
         try:
-            headers = signature.headers(one.secrets, one.event_id, now // 1000, one.body)
+            headers = {**one.headers, **signature.headers(one.secrets, one.event_id, now // 1000, one.body)}
+            if self._tracing is not None:
+                headers.update(self._tracing.headers(one.generation_id or one.event_id, span))
             clean = partial(self._without_secrets, one)
-            return await self._sender.send(one.url, one.body, {**one.headers, **headers}, clean=clean)
+            return await self._sender.send(one.url, one.body, headers, clean=clean)
         except Exception as error:
             log.error("delivery.internal: %s", error, exc_info=error)
             return Answer(now, 0, code=Code.INTERNAL, message="Relay could not make this attempt")
@@ -483,12 +488,14 @@ class Deliverer:
             return self._stranger(said)
         return Redactor(*(secret for value in known for secret in credentials(value)))(said)
 
-    async def _log_and_settle(self, one: Claimed, answer: Answer, news: bool | None) -> None:
+    async def _log_and_settle(self, one: Claimed, answer: Answer, news: bool | None, span: int) -> None:
         schedule = () if one.event_type in event.TRIED_ONCE else self._schedule
         outcome = settle(
             one, answer, schedule=schedule, now=self._now(), spread=_spread(), endpoint_is_well=news
         )
         self._metrics.settled(one, outcome)
+        if self._tracing is not None:
+            _trace(self._tracing, span, one, outcome)
         await self._keep_settling(one, outcome)
         log.info("delivery.attempted", extra=_line(one, outcome))
 
@@ -522,6 +529,31 @@ def _traces(known: Sequence[str]) -> Sequence[str]:
 
 def _spread() -> float:
     return random.random()  # noqa: S311 # jitter, not a secret
+
+
+def _trace(tracing: Tracing, span: int, one: Claimed, outcome: Settlement) -> None:
+    answer = outcome.answer
+    attributes: dict[str, str | int | None] = {
+        "http.request.method": "POST",
+        "http.response.status_code": answer.status,
+        "error.type": answer.code.value if answer.code is not None else None,
+        "relay.event": one.event_id,
+        "relay.event_type": one.event_type,
+        "relay.delivery": one.id,
+        "relay.endpoint": one.endpoint_id,
+        "relay.attempt": outcome.number,
+        "relay.status": outcome.status.value,
+    }
+    tracing.note(
+        "attempt",
+        one.generation_id or one.event_id,
+        begun=answer.started_at,
+        ended=answer.started_at + answer.duration_ms,
+        kind="client",
+        span=span,
+        failed=not answer.accepted,
+        attributes=attributes,
+    )
 
 
 def _line(one: Claimed, outcome: Settlement) -> Mapping[str, object]:

@@ -16,6 +16,7 @@ from relay.providers import Account
 from relay.schedule import Report
 from relay.store import Store
 from relay.store.events import Change, Handoff, Publication
+from relay.tracing import Tracing
 
 log = logging.getLogger(__name__)
 # Another relay may have recorded the end that is waited for; seconds.
@@ -36,10 +37,11 @@ class Ingest:
         stored: Callable[[Collection[str]], None],
         progress_interval: int,
         metrics: Metrics,
+        tracing: Tracing | None,
         now: Callable[[], int],
     ) -> None:
         self._store, self._handoff, self._accept, self._now = store, handoff, accept, now
-        self._stored = stored
+        self._stored, self._tracing = stored, tracing
         self._progress_interval, self._metrics = progress_interval, metrics
         self._batch: Batch[Report, Generation | None] = Batch(self._write, observed=metrics.written("record"))
         self._published: Batch[Publication, Sequence[Event] | Refused] = Batch(
@@ -58,6 +60,7 @@ class Ingest:
         result = await self._published(publication)
         if isinstance(result, Refused):
             raise result
+        self._trace(result)
         return result
 
     async def announce(self, events: Sequence[Event]) -> None:
@@ -65,6 +68,7 @@ class Ingest:
         handoff = self._handoff()
         self._accept(await self._store.events.announce(events, handoff, now=self._now()), handoff)
         self._stored({event.tenant for event in events})
+        self._trace(events)
 
     async def account_changed(self, account: Account, health: Health) -> None:
         """Announces to its tenants that an account cannot be asked any more, or can again."""
@@ -160,9 +164,26 @@ class Ingest:
                 _warn(generation)
             if event.type in ENDINGS.values():
                 self._metrics.ended(generation)
+                if self._tracing is not None:
+                    _trace_end(self._tracing, generation, event)
                 log.info("generation.ended", extra=_line(generation, event))
                 self._ring(generation.id)
         return [current.get(report.generation_id) for report in reports]
+
+    def _trace(self, events: Sequence[Event]) -> None:
+        """Events that are about no generation have traces of their own; of what was there before it was
+        published again nothing is new."""
+        if self._tracing is None:
+            return
+        for event in events:
+            self._tracing.note(
+                "event",
+                event.id,
+                begun=event.created_at,
+                ended=self._now(),
+                first=True,
+                attributes={"relay.event": event.id, "relay.event_type": event.type},
+            )
 
     def _news(self, before: Generation, after: Generation, now: int) -> Sequence[Event]:
         return news(before, after, now=now, progress_interval=self._progress_interval)
@@ -170,6 +191,28 @@ class Ingest:
     def _ring(self, generation_id: str) -> None:
         for bell in self._waiting.get(generation_id, ()):
             bell.set()
+
+
+def _trace_end(tracing: Tracing, generation: Generation, event: Event) -> None:
+    known_at = generation.known_at or generation.created_at
+    attributes: dict[str, str | int | None] = {
+        "relay.generation": generation.id,
+        "relay.provider": generation.provider,
+        "relay.account": generation.account,
+        "relay.status": generation.status.value,
+        "relay.learned_by": generation.learned_by,
+        "relay.asks": generation.asks + 1,
+        "relay.event": event.id,
+    }
+    # A late ending is told again, and the trace has its first span already.
+    tracing.note(
+        "generation",
+        generation.id,
+        begun=generation.created_at,
+        ended=known_at,
+        first=not generation.late,
+        attributes=attributes,
+    )
 
 
 def _line(generation: Generation, event: Event) -> Mapping[str, object]:

@@ -31,6 +31,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _LAGS = (*_SECONDS, 30, 60, 300, 1800, 7200)
 _WRITES = (0.001, 0.0025, *_SECONDS[:-1])
 _SIZES = (1, 2, 5, 10, 25, 50, 100, 250, 500)
+_ENDINGS = (Status.DELIVERED, Status.FAILED)
 _ASKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 
 
@@ -91,7 +92,9 @@ class Metrics:
         )
         self._until_attempt = self._announce_lag.labels("first_attempt")
         self._until_delivered = self._announce_lag.labels("delivered")
+        # Looking for a child costs more than counting in it.
         self._attempted = lru_cache(maxsize=100)(self._attempts.labels)
+        self._delivery_ended = {one: self._deliveries.labels(one.value) for one in _ENDINGS}
 
         self._write_size = histogram("store_batch_size", "What was written at once.", _SIZES, "batch")
         self._write_seconds = histogram(
@@ -183,8 +186,8 @@ class Metrics:
         status = f"{answer.status // 100}xx" if answer.status is not None else "none"
         self._attempted(outcome, status).inc()
         self._attempt_seconds.observe(answer.duration_ms / 1000)
-        if settlement.status is not Status.PENDING:
-            self._deliveries.labels(settlement.status.value).inc()
+        if settlement.status in _ENDINGS:
+            self._delivery_ended[settlement.status].inc()
         # What was replayed is no news any more.
         if claimed.attempts == claimed.run_attempts:
             if claimed.attempts == 0:

@@ -23,6 +23,7 @@ from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, f
 from relay.shard import Held, shard_of
 from relay.standing import Standing
 from relay.store import Store
+from relay.tracing import Tracing
 
 log = logging.getLogger(__name__)
 LEASE = 60_000
@@ -52,9 +53,11 @@ class Poller:
         record: Callable[[Report], Coroutine[None, None, Generation | None]],
         changed: Callable[[Account, Health], Coroutine[None, None, None]],
         metrics: Metrics,
+        tracing: Tracing | None,
         now: Callable[[], int],
     ) -> None:
         self._store, self._asker, self._roster, self._metrics = store, asker, roster, metrics
+        self._tracing = tracing
         self._shards, self._ring, self._record, self._now = shards, ring, record, now
         self._ledger = Ledger(
             store,
@@ -304,10 +307,21 @@ class Poller:
         if account is None:
             error = ProviderError("unreachable", _gone(generation.account))
         elif job_id is not None and asks:
+            begun = self._now()
             try:
                 update = await self._look(account, job_id)
             except ProviderError as problem:
                 error = problem
+            if self._tracing is not None:
+                self._tracing.note(
+                    "ask",
+                    generation.id,
+                    begun=begun,
+                    ended=self._now(),
+                    kind="client",
+                    failed=error is not None,
+                    attributes=_told(generation, learned_by, update, error),
+                )
         if update is not None:
             missing = sightings(generation, now=self._now()) if update.is_missing else 0
             if 0 < missing <= len(MISSING_PAUSES):
@@ -416,6 +430,20 @@ class Poller:
             heard=heard,
             error=error,
         )
+
+
+def _told(
+    generation: Generation, learned_by: LearnedBy, update: Update | None, error: ProviderError | None
+) -> Mapping[str, str | None]:
+    """What a trace says of an ask."""
+    return {
+        "relay.generation": generation.id,
+        "relay.provider": generation.provider,
+        "relay.account": generation.account,
+        "relay.learned_by": learned_by.value,
+        "relay.status": update.status.value if update is not None and update.status is not None else None,
+        "error.type": error.code if error is not None else None,
+    }
 
 
 def _gone(name: str) -> str:

@@ -13,15 +13,60 @@ from relay.store.retention import Step
 log = logging.getLogger(__name__)
 _IDEMPOTENCY = 86_400_000
 # A step is made as large as the database does within so many seconds, and is followed by a rest so many times
-# as long: whoever delivers meanwhile waits for one step at most, and seldom.
-STEP_SECONDS, REST = 0.02, 3
-_FEWEST, _FIRST, _MOST = 20, 100, 500
+# as long: whoever delivers meanwhile waits for one step at most, and seldom. After so many seconds more comes
+# perhaps than goes, and rests are as long as steps.
+STEP_SECONDS, REST, HURRY_AFTER = 0.025, 3, 600
+_FEWEST, _FIRST, _MOST = 50, 100, 500
 # Of what has become free in a database's file, so much is given back in one step.
 PAGES = 128
 
 
 class _Remove(Protocol):
     def __call__(self, *, limit: int, after: str) -> Awaitable[Step]: ...
+
+
+class Pruner:
+    """Removes what is older than the ages it is given (milliseconds), as long as this relay `may`; tells
+    `observed` what."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        events: int,
+        attempts: int,
+        bodies: int,
+        audit: int,
+        may: Callable[[], bool],
+        observed: Callable[[str, int, float], None],
+        now: Callable[[], int],
+    ) -> None:
+        self._stopping = False
+        self._prune = partial(
+            prune,
+            store,
+            events=events,
+            attempts=attempts,
+            bodies=bodies,
+            audit=audit,
+            observed=observed,
+            looked_through={},
+            goes_on=lambda: may() and not self._stopping,
+        )
+        self._may, self._now = may, now
+        self._at_it = asyncio.Lock()
+
+    async def tick(self) -> None:
+        """Removes all that is old now; idempotent."""
+        async with self._at_it:
+            if self._may() and not self._stopping:
+                await self._prune(now=self._now())
+
+    async def stop(self) -> None:
+        """Returns when the step under way is done."""
+        self._stopping = True
+        async with self._at_it:
+            pass
 
 
 async def prune(
@@ -43,7 +88,12 @@ async def prune(
     how many rows of in how many seconds. `looked_through` remembers from one call to the next where bodies
     are left. Returns how many rows went.
     """
-    retention, total, rows = store.retention, 0, _FIRST
+    retention, total, rows, began = store.retention, 0, _FIRST, time.monotonic()
+
+    async def rest(begun: float) -> None:
+        took = time.monotonic() - begun
+        await asyncio.sleep(took * (REST if begun - began < HURRY_AFTER else 1))
+
     kinds: dict[str, _Remove] = {
         "attempts": partial(retention.remove_attempts, before=now - attempts),
         "events": partial(retention.remove_events, before=now - events),
@@ -58,22 +108,21 @@ async def prune(
     for kind, remove in kinds.items():
         after: str | None = seen.get(kind, "")
         while after is not None and goes_on():
-            begun = time.perf_counter()
+            begun = time.monotonic()
             step = await remove(limit=rows, after=after)
-            took = time.perf_counter() - begun
+            took = time.monotonic() - begun
             observed(kind, step.removed, took)
-            total, after = total + step.removed, step.after
+            total, after, rows = total + step.removed, step.after, _next_rows(rows, took)
             if after is not None and kind == "bodies":
                 seen[kind] = after
-            rows = _next_rows(rows, took)
-            await asyncio.sleep(REST * took)
+            await rest(begun)
     while goes_on():
-        begun = time.perf_counter()
+        begun = time.monotonic()
         if not await store.database.shrink(PAGES):
             break
-        await asyncio.sleep(REST * (time.perf_counter() - begun))
+        await rest(begun)
     if total:
-        log.info("retention.removed", extra={"rows": total})
+        log.info("retention.removed", extra={"rows": total, "seconds": round(time.monotonic() - began)})
     return total
 
 

@@ -319,6 +319,12 @@ class Day:
             "secret_key": self.new("the secret key"),
             "admin_key": self.admin,
             "metrics": {"token": self.metrics_token},
+            # One that takes nothing.
+            "tracing": {
+                "endpoint": provided.replace("://", f"://relay:{self.new('the password of the collector')}@")
+                + "/v1/traces",
+                "headers": {"authorization": f"Bearer {self.new('the key of the collector')}"},
+            },
             "accounts": accounts,
             "delivery": {"timeout": "1s", "schedule": ["100ms", "200ms"]},
         }

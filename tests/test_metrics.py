@@ -102,7 +102,9 @@ async def test_it_says_how_soon_an_end_was_known_and_announced(world: World):
     for provider in ("pixellabs", "luma"):
         await world.watch(relay, provider)
     await world.subscriber.got(2)
-    found = await eventually(relay, lambda all_: value(all_, "relay_attempts_total") == 2)
+    found = await eventually(
+        relay, lambda all_: value(all_, "relay_store_batch_size_sum", batch="settle") == 2
+    )
     for provider, basis in (("pixellabs", "told"), ("luma", "at_most")):
         ended = {"provider": provider, "account": provider, "status": "completed"}
         assert value(found, "relay_generations_ended_total", **ended) == 1

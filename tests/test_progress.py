@@ -288,6 +288,7 @@ def ingest_of(store: Store, now: Time, accepted: list[Claimed] | None = None, *,
         accept=lambda claimed, handoff: taken.extend(claimed),
         progress_interval=INTERVAL,
         metrics=Metrics(),
+        tracing=None,
         now=now,
     )
 

@@ -33,8 +33,8 @@ class Retention:
     async def remove_attempts(self, *, before: int, limit: int, after: str = "") -> Step:
         """Attempts of finished deliveries that began before `before`."""
         first = first_id("att", before)
+        last = await self._last("attempts", after, first, limit)
         async with self._db.write() as tx:
-            last = await _last(tx, "attempts", after, first, limit)
             rows = await tx.fetch(
                 f"""
                 SELECT a.id FROM attempts a JOIN deliveries d ON d.id = a.delivery_id
@@ -52,8 +52,8 @@ class Retention:
     async def forget_bodies(self, *, before: int, limit: int, after: str = "") -> Step:
         """What endpoints answered to attempts that began before `before`; the attempts stay."""
         first = first_id("att", before)
+        last = await self._last("attempts", after, first, limit)
         async with self._db.write() as tx:
-            last = await _last(tx, "attempts", after, first, limit)
             rows = await tx.fetch(
                 f"""
                 SELECT id FROM attempts
@@ -71,8 +71,8 @@ class Retention:
     async def remove_events(self, *, before: int, limit: int, after: str = "") -> Step:
         """Events older than `before` with no open delivery, with their deliveries and attempts."""
         first = first_id("evt", before)
+        last = await self._last("events", after, first, limit)
         async with self._db.write() as tx:
-            last = await _last(tx, "events", after, first, limit)
             rows = await tx.fetch(
                 f"""
                 SELECT id FROM events WHERE id > :after AND id < :before AND id <= :last AND NOT EXISTS (
@@ -92,8 +92,8 @@ class Retention:
     async def remove_generations(self, *, before: int, limit: int, after: str = "") -> Step:
         """Generations that ended before `before` and have nothing left to be asked or told."""
         first = first_id("gen", before)
+        last = await self._last("generations", after, first, limit)
         async with self._db.write() as tx:
-            last = await _last(tx, "generations", after, first, limit)
             rows = await tx.fetch(
                 f"""
                 SELECT id FROM generations
@@ -159,18 +159,20 @@ class Retention:
             )
         return Step(len(rows), after if len(rows) == limit else None)
 
-
-async def _last(tx: Transaction, table: str, after: str, before: str, limit: int) -> str | None:
-    """The id up to which a step looks; None when fewer rows than `limit` are left."""
-    rows = await tx.fetch(
-        f"""
-        SELECT id FROM {table} WHERE id > :after AND id < :before ORDER BY id LIMIT 1 OFFSET :others
-        """,
-        after=after,
-        before=before,
-        others=limit - 1,
-    )
-    return str(rows[0]["id"]) if rows else None
+    async def _last(self, table: str, after: str, before: str, limit: int) -> str | None:
+        """The id up to which a step looks, None when fewer rows than `limit` are left: read while others may
+        write."""
+        async with self._db.read(browse=True) as tx:
+            rows = await tx.fetch(
+                f"""
+                SELECT id FROM {table} WHERE id > :after AND id < :before
+                ORDER BY id LIMIT 1 OFFSET :others
+                """,
+                after=after,
+                before=before,
+                others=limit - 1,
+            )
+        return str(rows[0]["id"]) if rows else None
 
 
 async def _remove_events(tx: Transaction, rows: Sequence[Row], *, skip_locked: str) -> None:

@@ -17,12 +17,14 @@ from relay.limit import Limit
 from relay.live import Live
 from relay.metrics import Metrics
 from relay.poll import Poller
+from relay.prune import Pruner
 from relay.pulse import Pulse
 from relay.redact import Redactor
 from relay.roster import Roster
 from relay.shard import Held
 from relay.store import Store
 from relay.store.generations import Hint, Watch, Watched
+from relay.tracing import Tracing
 from relay.web.auth import Gate
 
 
@@ -44,6 +46,7 @@ class Relay:
     deliverer: Deliverer
     shards: Held
     holder: Holder
+    pruner: Pruner
     bell: Bell
     gate: Gate
     test_limit: Limit
@@ -51,6 +54,7 @@ class Relay:
     pulse: Pulse
     redactor: Redactor
     metrics: Metrics
+    tracing: Tracing | None
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]
     now: Callable[[], int]

@@ -17,6 +17,8 @@ from relay.web.context import Relay, State
 
 # What is asked of the database is asked again after so many milliseconds, however many ask us.
 FRESH = 5_000
+# Who asks us does not wait for long: seconds.
+PATIENCE = 4
 # So many deliveries, and destinations, are counted.
 COUNTED = 100_000
 
@@ -72,9 +74,10 @@ async def _look(relay: Relay) -> None:
     """What the database knows."""
     metrics, now = relay.metrics, relay.now()
     try:
-        backlog = await relay.store.deliveries.backlog(now=now, most=COUNTED)
-        sizes = await relay.store.database.sizes()
-    except StoreError:
+        async with asyncio.timeout(PATIENCE):
+            backlog = await relay.store.deliveries.backlog(now=now, most=COUNTED)
+            sizes = await relay.store.database.sizes()
+    except (StoreError, TimeoutError):
         # Old figures would look like good ones.
         metrics.forget_the_database()
         return
