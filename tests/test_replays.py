@@ -6,8 +6,14 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
 from relay.times import rfc3339
 from tests.conftest import RunningRelay, World
+from tests.serving import serving, until
 
 ONCE = {"timeout": "2s", "schedule": ["1h"]}
 FAST = 1000
@@ -236,6 +242,30 @@ async def test_a_replay_keeps_to_its_rate_and_says_how_far_it_has_come(world: Wo
     assert world.clock() - started > 2500
     assert seen[-1] == ("completed", 30)
     assert len({done for _, done in seen}) > 3 and ("running", seen[len(seen) // 2][1]) in seen
+
+
+async def test_what_is_fresh_passes_what_is_replayed_to_a_slow_endpoint(world: World):
+    relay = await world.relay(delivery={"timeout": "2s", "endpoint_concurrency": 1})
+    ids = await publish(relay, 300)
+    order = list[str]()
+
+    async def slowly(request: Request) -> Response:
+        order.append(request.headers["webhook-id"])
+        await asyncio.sleep(0.2)
+        return Response(status_code=204)
+
+    app = Starlette(routes=[Route("/", slowly, methods=["POST"])])
+    async with serving(app) as origin:
+        body = {"url": origin + "/", "event_types": [SHIPPED]}
+        endpoint = (await relay.api.post("/v1/endpoints", json=body)).json()
+        made = await begun(relay, status="missing", endpoint_id=endpoint["id"], rate_limit=FAST)
+        await relay.eventually(f"/v1/replays/{made['id']}", lambda one: one["done"] - len(order) >= 50)
+        before = len(order)
+        [fresh] = await publish(relay, 1)
+        await until(lambda: fresh in order)
+        assert order.index(fresh) - before < 10
+        assert (await relay.api.delete(f"/v1/endpoints/{endpoint['id']}")).status_code == 204
+    assert set(order) <= {fresh, *ids}
 
 
 async def test_a_canceled_replay_makes_nothing_more_pending(database_url: str, world: World):
