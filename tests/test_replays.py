@@ -111,10 +111,8 @@ async def test_what_failed_is_delivered_again_as_the_same_events(database_url: s
     assert await counted(relay, endpoint_id=endpoint["id"]) == 0
 
 
-async def test_what_was_canceled_because_its_endpoint_was_disabled_failed_too(
-    database_url: str, world: World
-):
-    relay = await world.relay(database=database_url, delivery=ONCE)
+async def test_what_was_canceled_because_its_endpoint_was_disabled_failed_too(world: World):
+    relay = await world.relay(delivery=ONCE)
     endpoint = await world.endpoint(relay, event_types=[SHIPPED])
     world.subscriber.answer(503)
     await publish(relay, 5)
@@ -268,8 +266,8 @@ async def test_what_is_fresh_passes_what_is_replayed_to_a_slow_endpoint(world: W
     assert set(order) <= {fresh, *ids}
 
 
-async def test_a_canceled_replay_makes_nothing_more_pending(database_url: str, world: World):
-    relay = await world.relay(database=database_url, delivery=NEVER)
+async def test_a_canceled_replay_makes_nothing_more_pending(world: World):
+    relay = await world.relay(delivery=NEVER)
     endpoint = await failed(world, relay, 50)
     made = await begun(relay, endpoint_id=endpoint["id"], rate_limit=2)
     path = f"/v1/replays/{made['id']}"
@@ -298,10 +296,8 @@ async def test_a_replay_fails_when_its_endpoint_is_disabled_meanwhile(world: Wor
     assert shown["status"] == "failed" and "is disabled" in shown["error"]
 
 
-async def test_an_endpoint_has_one_replay_at_a_time_and_the_second_is_told_which(
-    database_url: str, world: World
-):
-    relay = await world.relay(database=database_url, delivery=NEVER)
+async def test_an_endpoint_has_one_replay_at_a_time_and_the_second_is_told_which(world: World):
+    relay = await world.relay(delivery=NEVER)
     one, other = await failed(world, relay, 20, "/one"), await world.endpoint(relay, "/other")
     body = {"since": "1970-01-01T00:00:00Z", "endpoint_id": one["id"], "rate_limit": 0.1}
     asked = await asyncio.gather(*(relay.api.post("/v1/replays", json=body) for _ in range(5)))
@@ -317,8 +313,8 @@ async def test_an_endpoint_has_one_replay_at_a_time_and_the_second_is_told_which
     assert refused.status_code == 409 and of_all["id"] in refused.json()["detail"]
 
 
-async def test_an_idempotency_key_begins_one_replay(database_url: str, world: World):
-    relay = await world.relay(database=database_url, delivery=NEVER)
+async def test_an_idempotency_key_begins_one_replay(world: World):
+    relay = await world.relay(delivery=NEVER)
     endpoint = await failed(world, relay, 5)
     body = {"since": "1970-01-01T00:00:00Z", "endpoint_id": endpoint["id"], "rate_limit": FAST}
     key = {"idempotency-key": "monday"}
