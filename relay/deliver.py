@@ -111,7 +111,7 @@ class Deliverer:
                 self._stopping
                 or taken.total() >= HELD - self._held
                 or size + length > HELD_BYTES - self._held_bytes
-                or taken[destination] >= self._room(lane)
+                or taken[destination] >= self._room_for_fresh(lane)
             ):
                 if lane is not None:
                     lane.backlog = True
@@ -288,6 +288,10 @@ class Deliverer:
 
     def _room(self, lane: Lane | None) -> int:
         return (lane or Lane()).room(self._now(), self._most)
+
+    def _room_for_fresh(self, lane: Lane | None) -> int:
+        """What is told for the first time does not wait in the store until what is replayed has made room."""
+        return self._room(lane) + (len(lane.retries) if lane is not None else 0)
 
     def _offer(self, name: str, lane: Lane) -> None:
         """Puts a lane into the ring when it has something that may be sent now."""

@@ -10,15 +10,20 @@ from urllib.parse import quote
 
 import httpx
 import typer
+from rich import progress as bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
+
+from relay.times import parse_duration, rfc3339
 
 # Ids must come out whole where a program or a pipe reads them.
 out, err = Console(width=None if sys.stdout.isatty() else 240), Console(stderr=True)
 generations = typer.Typer(no_args_is_help=True)
 endpoints = typer.Typer(no_args_is_help=True)
 deliveries = typer.Typer(no_args_is_help=True)
+replays = typer.Typer(no_args_is_help=True)
 accounts = typer.Typer(no_args_is_help=True)
 
 Url = Annotated[str, typer.Option("--url", envvar="RELAY_URL", help="The relay to talk to.")]
@@ -29,10 +34,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 Limit = Annotated[int, typer.Option(help="How many at most.", min=1, max=200)]
 Filter = Annotated[str | None, typer.Option()]
 HERE = "http://127.0.0.1:8080"
+_LOOK_AGAIN = 0.3
 COLORS = {
     **dict.fromkeys(("completed", "delivered", "enabled", "ok"), "green"),
     **dict.fromkeys(("failed", "timed_out", "disabled", "failing", "unauthorized"), "red"),
-    **dict.fromkeys(("queued", "pending", "sending", "processing"), "yellow"),
+    **dict.fromkeys(("queued", "pending", "sending", "processing", "running"), "yellow"),
 }
 
 
@@ -276,6 +282,77 @@ def replay_delivery(
         raise typer.Exit(1)
 
 
+def replay(
+    since: Annotated[
+        str | None, typer.Option(help="2026-03-16T14:30:00Z, or 24h ago; needed without --generation.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="The same; default: now.")] = None,
+    endpoint_id: Annotated[str | None, typer.Option("--endpoint", help="Default: all of them.")] = None,
+    generation_id: Annotated[str | None, typer.Option("--generation")] = None,
+    account: Filter = None,
+    event_type: Filter = None,
+    status: Annotated[
+        str, typer.Option(help="failed, missing (wanted, but never sent there) or all.")
+    ] = "failed",
+    rate_limit: Annotated[float | None, typer.Option(help="How many a second, for each endpoint.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    wait: Annotated[bool, typer.Option(help="Return when it has ended; 1 unless completed.")] = True,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """Replay many deliveries: what failed, what is missing, or all."""
+    body = {
+        "since": _instant(since, "--since"),
+        "until": _instant(until, "--until"),
+        "endpoint_id": endpoint_id,
+        "generation_id": generation_id,
+        "account": account,
+        "event_type": event_type,
+        "status": status,
+        "rate_limit": rate_limit,
+        "dry_run": dry_run,
+    }
+    remote = Remote(url, api_key)
+    given = {name: value for name, value in body.items() if value is not None}
+    made = remote.call("POST", "/v1/replays", body=given)
+    if dry_run:
+        _show(made, as_json)
+        return
+    if wait:
+        made = _followed(remote, made, quietly=as_json)
+    _show(made, as_json)
+    if wait and made["status"] != "completed":
+        raise typer.Exit(1)
+
+
+@replays.command("list")
+def list_replays(
+    status: Filter = None,
+    endpoint_id: Annotated[str | None, typer.Option("--endpoint")] = None,
+    limit: Limit = 50,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """List replays, the newest first."""
+    query = {"status": status, "endpoint_id": endpoint_id, "limit": limit}
+    page = Remote(url, api_key).call("GET", "/v1/replays", query=query)
+    _table(page, ("id", "deliveries", "endpoint_id", "status", "done", "total", "created_at"), as_json)
+
+
+@replays.command("show")
+def show_replay(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Show how far a replay has come."""
+    _show(Remote(url, api_key).call("GET", f"/v1/replays/{id_}"), as_json)
+
+
+@replays.command("cancel")
+def cancel_replay(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Cancel a replay; what it has made pending goes on."""
+    _show(Remote(url, api_key).call("DELETE", f"/v1/replays/{id_}") or {"canceled": id_}, as_json)
+
+
 @accounts.command("add")
 def add_account(
     name: str,
@@ -336,6 +413,46 @@ def _ended(remote: Remote, delivery_id: str, *, after: int = 0) -> Any:
         if delivery["attempt_count"] > after or delivery["status"] in ("failed", "canceled"):
             return delivery
         time.sleep(0.2)
+
+
+def _followed(remote: Remote, replay: Mapping[str, Any], *, quietly: bool) -> Any:
+    """The replay once it has ended. It goes on without whoever looks at it."""
+    columns = (
+        *(bar.TextColumn("{task.description}"), bar.BarColumn(), bar.MofNCompleteColumn()),
+        *(_Rate(), bar.TimeRemainingColumn()),
+    )
+    bars = bar.Progress(*columns, console=err, disable=quietly or not err.is_terminal)
+    task = bars.add_task(replay["id"], total=replay["total"])
+    try:
+        with bars:
+            while replay["ended_at"] is None:
+                time.sleep(_LOOK_AGAIN)
+                replay = remote.call("GET", f"/v1/replays/{replay['id']}")
+                # What has failed meanwhile is among it too.
+                total = max(replay["total"], replay["done"])
+                bars.update(task, completed=replay["done"], total=total)
+    except KeyboardInterrupt:
+        err.print(f"It goes on: relay replays cancel {replay['id']}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    return replay
+
+
+class _Rate(bar.ProgressColumn):
+    def render(self, task: bar.Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:,.0f}/s")
+
+
+def _instant(text: str | None, option: str) -> str | None:
+    """A time as the API takes it, of one or of how long ago it was."""
+    try:
+        return text and rfc3339(time.time_ns() // 1_000_000 - parse_duration(text))
+    except ValueError:
+        if text is not None and text[:4].isdigit() and "-" in text:
+            return text
+        raise typer.BadParameter(
+            f"{text!r} is neither a time (2026-03-16T14:30:00Z) nor how long ago (30m, 24h, 7d)",
+            param_hint=option,
+        ) from None
 
 
 def _show(resource: Mapping[str, Any], as_json: bool) -> None:

@@ -73,9 +73,7 @@ async def _go_on(store: Store, replay: Replay, *, now: int) -> set[str]:
     following: str | None = position
     for limit in (FEW, *(MANY,) * (LOOKS - 1)):
         until = _committed(store, replay, now)
-        stretch = await store.replays.look(
-            replay.selection, position, limit=limit, until=until, replay_id=replay.id
-        )
+        stretch = await store.replays.look(replay.selection, position, limit=limit, until=until)
         some, left = choose(stretch.found, given, room=room, most=MOST, now=now)
         chosen += some
         if left is not None:

@@ -6,8 +6,14 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
 from relay.times import rfc3339
 from tests.conftest import RunningRelay, World
+from tests.serving import serving, until
 
 ONCE = {"timeout": "2s", "schedule": ["1h"]}
 FAST = 1000
@@ -105,10 +111,8 @@ async def test_what_failed_is_delivered_again_as_the_same_events(database_url: s
     assert await counted(relay, endpoint_id=endpoint["id"]) == 0
 
 
-async def test_what_was_canceled_because_its_endpoint_was_disabled_failed_too(
-    database_url: str, world: World
-):
-    relay = await world.relay(database=database_url, delivery=ONCE)
+async def test_what_was_canceled_because_its_endpoint_was_disabled_failed_too(world: World):
+    relay = await world.relay(delivery=ONCE)
     endpoint = await world.endpoint(relay, event_types=[SHIPPED])
     world.subscriber.answer(503)
     await publish(relay, 5)
@@ -238,8 +242,32 @@ async def test_a_replay_keeps_to_its_rate_and_says_how_far_it_has_come(world: Wo
     assert len({done for _, done in seen}) > 3 and ("running", seen[len(seen) // 2][1]) in seen
 
 
-async def test_a_canceled_replay_makes_nothing_more_pending(database_url: str, world: World):
-    relay = await world.relay(database=database_url, delivery=NEVER)
+async def test_what_is_fresh_passes_what_is_replayed_to_a_slow_endpoint(world: World):
+    relay = await world.relay(delivery={"timeout": "2s", "endpoint_concurrency": 1})
+    ids = await publish(relay, 300)
+    order = list[str]()
+
+    async def slowly(request: Request) -> Response:
+        order.append(request.headers["webhook-id"])
+        await asyncio.sleep(0.2)
+        return Response(status_code=204)
+
+    app = Starlette(routes=[Route("/", slowly, methods=["POST"])])
+    async with serving(app) as origin:
+        body = {"url": origin + "/", "event_types": [SHIPPED]}
+        endpoint = (await relay.api.post("/v1/endpoints", json=body)).json()
+        made = await begun(relay, status="missing", endpoint_id=endpoint["id"], rate_limit=FAST)
+        await relay.eventually(f"/v1/replays/{made['id']}", lambda one: one["done"] - len(order) >= 50)
+        before = len(order)
+        [fresh] = await publish(relay, 1)
+        await until(lambda: fresh in order)
+        assert order.index(fresh) - before < 10
+        assert (await relay.api.delete(f"/v1/endpoints/{endpoint['id']}")).status_code == 204
+    assert set(order) <= {fresh, *ids}
+
+
+async def test_a_canceled_replay_makes_nothing_more_pending(world: World):
+    relay = await world.relay(delivery=NEVER)
     endpoint = await failed(world, relay, 50)
     made = await begun(relay, endpoint_id=endpoint["id"], rate_limit=2)
     path = f"/v1/replays/{made['id']}"
@@ -268,10 +296,8 @@ async def test_a_replay_fails_when_its_endpoint_is_disabled_meanwhile(world: Wor
     assert shown["status"] == "failed" and "is disabled" in shown["error"]
 
 
-async def test_an_endpoint_has_one_replay_at_a_time_and_the_second_is_told_which(
-    database_url: str, world: World
-):
-    relay = await world.relay(database=database_url, delivery=NEVER)
+async def test_an_endpoint_has_one_replay_at_a_time_and_the_second_is_told_which(world: World):
+    relay = await world.relay(delivery=NEVER)
     one, other = await failed(world, relay, 20, "/one"), await world.endpoint(relay, "/other")
     body = {"since": "1970-01-01T00:00:00Z", "endpoint_id": one["id"], "rate_limit": 0.1}
     asked = await asyncio.gather(*(relay.api.post("/v1/replays", json=body) for _ in range(5)))
@@ -287,8 +313,8 @@ async def test_an_endpoint_has_one_replay_at_a_time_and_the_second_is_told_which
     assert refused.status_code == 409 and of_all["id"] in refused.json()["detail"]
 
 
-async def test_an_idempotency_key_begins_one_replay(database_url: str, world: World):
-    relay = await world.relay(database=database_url, delivery=NEVER)
+async def test_an_idempotency_key_begins_one_replay(world: World):
+    relay = await world.relay(delivery=NEVER)
     endpoint = await failed(world, relay, 5)
     body = {"since": "1970-01-01T00:00:00Z", "endpoint_id": endpoint["id"], "rate_limit": FAST}
     key = {"idempotency-key": "monday"}

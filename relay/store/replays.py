@@ -121,16 +121,14 @@ class Replays:
                 )
             )
 
-    async def look(
-        self, selection: Selection, position: str, *, limit: int, until: int, replay_id: str = ""
-    ) -> Stretch:
-        """What it is of among the next `limit` rows behind a position, made before `until`, which is not
-        later than its own; what the replay `replay_id` has made pending is not found again."""
+    async def look(self, selection: Selection, position: str, *, limit: int, until: int) -> Stretch:
+        """What it is of among the next `limit` rows behind a position; of what is missing, what was made
+        before `until`, which is not later than its own."""
         async with self._db.read(browse=True) as tx:
             endpoints = await self._listening(tx, selection)
             if is_of_delivery(position):
                 rows = await _finished(tx, selection, position, limit)
-                found = _of_deliveries(selection, rows, endpoints, replay_id)
+                found = _of_deliveries(selection, rows, endpoints)
                 until = selection.until
             else:
                 rows = await _announced(tx, selection, position, limit, until)
@@ -251,7 +249,7 @@ _MAKE = """
 """
 _FINISHED = """
     SELECT d.id, d.tenant, d.event_id, d.endpoint_id, d.destination, d.due_at, d.lease, d.updated_at,
-        d.replay_id, e.type, e.account, e.generation_id
+        e.type, e.account, e.generation_id
     FROM deliveries d JOIN events e ON e.id = d.event_id
 """
 _ANNOUNCED = "SELECT e.id, e.tenant, e.type, e.account, e.generation_id FROM events e"
@@ -295,7 +293,7 @@ async def _announced(
 
 
 def _of_deliveries(
-    selection: Selection, rows: Sequence[Row], endpoints: Mapping[str, Endpoint], replay_id: str
+    selection: Selection, rows: Sequence[Row], endpoints: Mapping[str, Endpoint]
 ) -> Sequence[Found]:
     # Those of a generation's callback URL are of no endpoint.
     takers = {*endpoints, *([""] if selection.endpoint_id is None else [])}
@@ -311,7 +309,6 @@ def _of_deliveries(
         for row in rows
         if row["tenant"] == selection.tenant
         and row["due_at"] is None
-        and row["replay_id"] != replay_id
         and (row["endpoint_id"] or "") in takers
         and selection.includes(row["type"], row["account"], row["generation_id"])
     ]
