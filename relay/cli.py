@@ -27,6 +27,7 @@ from relay.copy import Progress, database_name
 from relay.copy import copy as copy_database
 from relay.demo import demo as run_demo
 from relay.errors import ConfigError, CopyFailed, StoreError
+from relay.listen import listen
 from relay.local import Config, keys, rekey
 from relay.logs import set_up
 from relay.redact import Redactor
@@ -44,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(track)
+app.command()(listen)
 app.command()(rekey)
 app.add_typer(keys, name="keys", help="Who may use the API: on the database, also of a running relay.")
 app.add_typer(generations, name="generations", help="The jobs that are watched.")
