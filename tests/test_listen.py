@@ -149,7 +149,6 @@ async def test_a_relay_stops_at_once_and_who_listens_finds_the_next_one(tmp_path
                         # Ended while nobody listened: it is among what was missed.
                         code, seconds = await relay.stop()
                         assert code == 0, relay.log
-                        print("stopped in", seconds)
                         assert seconds < 30
                         await listener.said("again in")
                         await relay.start()

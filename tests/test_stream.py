@@ -351,3 +351,23 @@ async def test_a_transaction_that_is_long_under_way_is_not_passed_over(fleet: Fl
         last = listener.ids[-2]
     async with listening(one.api, after=last) as listener:
         await until(lambda: slow.id in listener.ids)
+
+
+async def test_a_stream_carries_nothing_of_a_neighbour(database_url: str, world: World) -> None:
+    relay = await world.relay(database=database_url)
+    ours, theirs = [await world.member(relay, "admin", tenant=name) for name in ("ours", "theirs")]
+    url = world.subscriber.origin + "/"
+    endpoint = (await ours.post("/v1/endpoints", json={"url": url, "event_types": ["order.shipped"]})).json()
+    [first] = await publish(ours, 1)
+    assert (await theirs.get(PATH, params={"endpoint_id": endpoint["id"]})).status_code == 404
+    async with (
+        listening(theirs) as anew,
+        listening(theirs, after=first) as resumed,
+        listening(relay.api, after=first) as of_operator,
+        listening(ours, after=first) as own,
+    ):
+        [second] = await publish(ours, 2)
+        await until(lambda: second in own.ids)
+        [mine] = await publish(theirs, 3)
+        await until(lambda: anew.ids == resumed.ids == [mine])
+    assert of_operator.ids == []
