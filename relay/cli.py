@@ -28,6 +28,7 @@ from relay.copy import copy as copy_database
 from relay.demo import demo as run_demo
 from relay.doctor import doctor
 from relay.errors import ConfigError, CopyFailed, StoreError
+from relay.listen import listen
 from relay.local import Config, backup, keys, rekey
 from relay.logs import set_up
 from relay.redact import Redactor
@@ -47,6 +48,7 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(track)
 app.command()(replay)
+app.command()(listen)
 app.command()(rekey)
 app.command()(backup)
 app.add_typer(keys, name="keys", help="Who may use the API: on the database, also of a running relay.")

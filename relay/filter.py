@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 LONGEST, DEEPEST = 1_000, 100
 STEPS = 5_000
 # So many elements or characters of a value cost a step too.
-_GRAIN = 256
+_GRAIN = 64
 # What makes more of what it is given, and again of that.
 _GROWS = {"multi_select_list": "[a, b]", "multi_select_dict": "{a: b}"}
 _REFUSED = {"join", "map", "merge", "to_array", "to_string"}

@@ -120,6 +120,7 @@ class Live:
         Limited when the tenant has too many."""
         channel = self._channels.get(tenant)
         if channel is None or channel.is_over:
+            self._channels = {name: one for name, one in self._channels.items() if not one.is_over}
             channel = self._channels[tenant] = _Channel(self._store, tenant, self._tell, self._now)
         if len(channel.readers) >= STREAMS:
             raise Limited(f"{STREAMS} streams of a tenant may be open at once", retry_after=1000)
@@ -316,7 +317,7 @@ class _Channel:
             cursor = page[-1]
 
     async def _read(self, ids: Sequence[str]) -> Sequence[Event]:
-        known = {event.id: event for event in await self._store.events.get_many(ids)}
+        known = {event.id: event for event in await self._store.events.get_many(ids, browse=True)}
         return [known[id_] for id_ in ids if id_ in known]
 
     async def _endpoints(self, readers: Collection[Reader]) -> Mapping[str, Endpoint | None]:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Self
 from urllib.parse import quote
 
 import httpx
@@ -35,11 +35,41 @@ Limit = Annotated[int, typer.Option(help="How many at most.", min=1, max=200)]
 Filter = Annotated[str | None, typer.Option()]
 HERE = "http://127.0.0.1:8080"
 _LOOK_AGAIN = 0.3
+# Seconds that one request waits for an end, and that a relay which does not answer is waited for.
+WAIT, PATIENCE = 30.0, 60.0
 COLORS = {
     **dict.fromkeys(("completed", "delivered", "enabled", "ok"), "green"),
     **dict.fromkeys(("failed", "timed_out", "disabled", "failing", "unauthorized"), "red"),
     **dict.fromkeys(("queued", "pending", "sending", "processing", "running"), "yellow"),
 }
+
+
+class Refused(Exception):
+    """What a relay did not do, and why; `status` is None where it did not answer at all."""
+
+    def __init__(self, said: str, status: int | None = None) -> None:
+        super().__init__(said)
+        self.status = status
+
+    @classmethod
+    def of(cls, answer: httpx.Response) -> Self:
+        try:
+            problem = answer.json()
+            details = [f"{one['field']}: {one['message']}" for one in problem.get("errors", [])]
+            said = "\n".join(details or [str(problem["detail"])])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            said = f"answered {answer.status_code}; is this a relay?"
+        return cls(said, answer.status_code)
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same may be taken a moment later: by a relay that was just starting, say."""
+        return self.status is None or self.status in (429, 502, 503, 504)
+
+    def shown(self) -> typer.Exit:
+        """The end of the command, after it was said why."""
+        err.print(f"[red]{escape(str(self))}[/]", highlight=False, soft_wrap=True)
+        return typer.Exit(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +82,23 @@ class Remote:
     def call(
         self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None
     ) -> Any:
-        answer = self.ask(method, path, query=query, body=body)
+        """The JSON of the answer."""
+        try:
+            return self.ask(method, path, query=query, body=body)
+        except Refused as error:
+            raise error.shown() from error
+
+    def ask(self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None) -> Any:
+        """The same. Raises Refused, for who has something better to do than to end."""
+        answer = self.send(method, path, query=query, body=body)
         if answer.is_success:
             return answer.json() if answer.content else {}
-        try:
-            problem = answer.json()
-            details = [f"{one['field']}: {one['message']}" for one in problem.get("errors", [])]
-            said = "\n".join(details or [str(problem["detail"])])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            said = f"answered {answer.status_code}; is this a relay?"
-        _fail(said)
+        raise Refused.of(answer)
 
-    def ask(
+    def send(
         self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None
     ) -> httpx.Response:
-        """The answer, also when it is a refusal."""
+        """The answer, also when it refuses. Raises Refused when there is none."""
         given = {name: value for name, value in (query or {}).items() if value is not None}
         headers = {"authorization": f"Bearer {self.key}"}
         try:
@@ -81,7 +113,7 @@ class Remote:
                 trust_env=False,
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            _fail(f"{self.url} cannot be reached: {error}")
+            raise Refused(f"{self.url} cannot be reached: {error}") from error
 
 
 def track(
@@ -106,8 +138,7 @@ def track(
     if wait:
         if not as_json:
             out.print(f"watching {generation['id']} …", highlight=False)
-        while generation["completed_at"] is None:
-            generation = remote.call("GET", f"/v1/generations/{generation['id']}/wait", query={"timeout": 30})
+        generation = _waited(remote, generation, until=None)
     _show(generation, as_json)
     if wait and generation["status"] != "completed":
         raise typer.Exit(1)
@@ -146,6 +177,27 @@ def show_generation(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJso
     _show(Remote(url, api_key).call("GET", f"/v1/generations/{id_}"), as_json)
 
 
+@generations.command("wait")
+def wait_for_generations(
+    ids: Annotated[list[str], typer.Argument(help="One or several.")],
+    timeout: Annotated[float | None, typer.Option(help="Seconds; for ever without it.", min=0)] = None,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """Return when all of them have ended; 1 unless all were completed, in time."""
+    remote = Remote(url, api_key)
+    until = None if timeout is None else time.monotonic() + timeout
+    # All are there before any is waited for.
+    found = [remote.call("GET", f"/v1/generations/{quote(id_, safe='')}") for id_ in ids]
+    found = [_waited(remote, one, until=until) for one in found]
+    _table(
+        {"data": found, "next_cursor": None}, ("id", "account", "job_id", "status", "duration_ms"), as_json
+    )
+    if any(one["status"] != "completed" for one in found):
+        raise typer.Exit(1)
+
+
 @generations.command("refresh")
 def refresh_generation(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Ask the provider now."""
@@ -158,6 +210,9 @@ def add_endpoint(
     description: Annotated[str | None, typer.Option()] = None,
     event_type: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
     account: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    filter_: Annotated[
+        str | None, typer.Option("--filter", help="A JMESPath expression over the body.")
+    ] = None,
     url: Url = HERE,
     api_key: Key = "",
     as_json: AsJson = False,
@@ -168,6 +223,7 @@ def add_endpoint(
         "description": description,
         "event_types": event_type or None,
         "accounts": account or None,
+        "filter": filter_,
     }
     _show(Remote(url, api_key).call("POST", "/v1/endpoints", body=body), as_json)
 
@@ -406,6 +462,30 @@ def delete_account(name: str, url: Url = HERE, api_key: Key = "", as_json: AsJso
     _show(Remote(url, api_key).call("DELETE", path) or {"deleted": name}, as_json)
 
 
+def _waited(remote: Remote, generation: Any, *, until: float | None) -> Any:
+    """The generation once it has ended, or as it is at that time (`time.monotonic`); a relay that is being
+    replaced is waited for, too."""
+    patience = time.monotonic() + PATIENCE
+    while generation["completed_at"] is None:
+        left = WAIT if until is None else min(WAIT, until - time.monotonic())
+        if left < 0:
+            break
+        try:
+            path = f"/v1/generations/{generation['id']}/wait"
+            asked_at = time.monotonic()
+            generation = remote.ask("GET", path, query={"timeout": left})
+            patience = time.monotonic() + PATIENCE
+            # One that is about to stop answers at once.
+            is_early = time.monotonic() - asked_at < min(1.0, left)
+        except Refused as error:
+            if not error.may_pass or time.monotonic() > patience:
+                raise error.shown() from error
+            is_early = True
+        if is_early and generation["completed_at"] is None:
+            time.sleep(0.5)
+    return generation
+
+
 def _ended(remote: Remote, delivery_id: str, *, after: int = 0) -> Any:
     """The delivery once it was attempted more than `after` times, or is finished without."""
     while True:
@@ -488,8 +568,3 @@ def _cell(value: Any) -> str:
         return escape(json.dumps(value, ensure_ascii=False))
     text = escape(str(value))
     return f"[{COLORS[value]}]{text}[/]" if isinstance(value, str) and value in COLORS else text
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(f"[red]{escape(message)}[/]", highlight=False, soft_wrap=True)
-    raise typer.Exit(1)

@@ -14,7 +14,7 @@ from jsonschema_rs import Draft202012Validator, RegexOptions, ValidationError
 from relay.body import compact, parse
 
 LARGEST = 16 * 1024
-MOST_PARTS, MOST_PATTERNS = 500, 20
+MOST_PARTS, MOST_PATTERNS = 300, 20
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _LOCAL = "#/$defs/"
 # They would let a part be named in ways that cannot be followed here.

@@ -433,6 +433,14 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
             rows=1000,
         ),
     ),
+    "what is new to a stream": (
+        lambda store: store.events.ids(TENANT, after=row("evt", COUNT // 2), limit=100),
+        Expected({"SEARCH events (id>?)"}, rows=2 * 101),
+    ),
+    "what a stream has missed": (
+        lambda store: store.events.between(TENANT, row("evt", OLD), row("evt", COUNT), limit=100),
+        Expected({"SEARCH events (id>? AND id<?)"}, rows=2 * 101),
+    ),
     "who is asking": (
         lambda store: store.keys.find(row("key", 1)),
         Expected(set(), rows=1),

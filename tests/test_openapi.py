@@ -14,7 +14,7 @@ from relay.app import build
 from relay.config import read_config
 from tests.conftest import RunningRelay, World
 
-JSON, PROBLEM = "application/json", "application/problem+json"
+JSON, PROBLEM, STREAM = "application/json", "application/problem+json", "text/event-stream"
 ENDINGS = {"generation.completed", "generation.failed", "generation.canceled", "generation.timed_out"}
 
 
@@ -137,6 +137,9 @@ class Walk:
             assert content == {}, where
             return None
         media_type = answer.headers["content-type"]
+        if media_type.startswith(STREAM):
+            assert content == {STREAM: {"schema": {"type": "string"}}}, where
+            return None
         assert media_type == (JSON if answer.is_success else PROBLEM), where
         assert complaints(self._document, content[media_type]["schema"], answer.json()) == [], where
         return answer.json()
@@ -186,6 +189,18 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     await walk("GET", "/v1/events/{id}", event)
     await walk("POST", "/v1/events", json={"type": "order.shipped", "data": {"order": 42}})
     await walk("POST", "/v1/events", json={"type": "order.shipped", "data": 42})
+    await walk("GET", "/v1/events/stream", params={"timeout": 0})
+    await walk("GET", "/v1/events/stream", params={"endpoint_id": "ep_x"})
+    await walk("GET", "/v1/events/stream", params={"last_event_id": "x"})
+    declared, url = "/v1/event-types/{type}", "/v1/event-types/order.shipped"
+    for schema in ({"required": ["order"]}, {"required": ["order"]}, {"type": "thing"}):
+        await walk("PUT", declared, url=url, json={"schema": schema})
+    await walk("POST", "/v1/events", json={"type": "order.shipped", "data": {}})
+    await walk("GET", declared, url=url)
+    assert (await walk("GET", "/v1/event-types"))["data"]
+    for _ in range(2):
+        await walk("DELETE", declared, url=url)
+    await walk("GET", declared, url=url)
     asked = {"json": {"scopes": ["read"], "rate_limit": 0.001}, "headers": {"idempotency-key": "of a key"}}
     made, again = await walk("POST", "/v1/keys", **asked), await walk("POST", "/v1/keys", **asked)
     assert again == made | {"key": None}

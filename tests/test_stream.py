@@ -19,6 +19,7 @@ from relay.store.events import Handoff
 from tests.conftest import World
 from tests.fleet import Fleet
 from tests.keyring import KEYRING
+from tests.program import THOROUGH
 from tests.serving import until
 
 PATH = "/v1/events/stream"
@@ -292,7 +293,7 @@ async def test_no_stream_misses_what_is_committed_behind_younger_events(fleet: F
 
     async def write(late: int, place: int) -> None:
         """What it commits was made so many milliseconds before."""
-        for number in range(25):
+        for number in range(500 if THOROUGH else 25):
             event = made(world.clock() - late, number)
             await asyncio.sleep(0.002 * place)
             await store.events.announce([event], Handoff("nobody", 0, lambda *_: False), now=world.clock())
@@ -313,6 +314,9 @@ async def test_no_stream_misses_what_is_committed_behind_younger_events(fleet: F
                 await until(some)
                 told[place] += listener.ids
                 last = listener.ids[-1] if listener.ids else last
+            # Something happens while nobody listens.
+            gone = len(stored)
+            await until(lambda gone=gone: over.is_set() or len(stored) >= gone + 5)  # type: ignore[misc]
 
     [first] = await publish(one.api, 0)
     async with listening(one.api) as here, listening(other.api) as there:
@@ -351,3 +355,39 @@ async def test_a_transaction_that_is_long_under_way_is_not_passed_over(fleet: Fl
         last = listener.ids[-2]
     async with listening(one.api, after=last) as listener:
         await until(lambda: slow.id in listener.ids)
+
+
+async def test_a_stream_carries_nothing_of_a_neighbour(database_url: str, world: World) -> None:
+    relay = await world.relay(database=database_url)
+    ours, theirs = [await world.member(relay, "admin", tenant=name) for name in ("ours", "theirs")]
+    url = world.subscriber.origin + "/"
+    endpoint = (await ours.post("/v1/endpoints", json={"url": url, "event_types": ["order.shipped"]})).json()
+    [first] = await publish(ours, 1)
+    assert (await theirs.get(PATH, params={"endpoint_id": endpoint["id"]})).status_code == 404
+    async with (
+        listening(theirs) as anew,
+        listening(theirs, after=first) as resumed,
+        listening(relay.api, after=first) as of_operator,
+        listening(ours, after=first) as own,
+    ):
+        [second] = await publish(ours, 2)
+        await until(lambda: second in own.ids)
+        [mine] = await publish(theirs, 3)
+        await until(lambda: anew.ids == resumed.ids == [mine])
+    assert of_operator.ids == []
+
+
+async def test_who_comes_back_is_told_of_older_events_that_were_committed_meanwhile(
+    fleet: Fleet, world: World
+) -> None:
+    one, other = await fleet.joined(2)
+    store = store_on(fleet.database, KEYRING)
+    async with listening(one.api) as listener:
+        [told] = await publish(one.api, 1)
+        await listener.got(1)
+    late = [made(world.clock() - ago, ago) for ago in (10, 2_000, live.LATE - 5_000)]
+    for event in late:
+        await store.events.announce([event], Handoff("nobody", 0, lambda *_: False), now=world.clock())
+    # The first one has seen them by now, and the other one has not looked yet.
+    async with listening(one.api, after=told) as here, listening(other.api, after=told) as there:
+        await until(lambda: all({one.id for one in late} <= {*seen.ids} for seen in (here, there)))

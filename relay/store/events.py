@@ -133,9 +133,9 @@ class Events:
             )
         return _read(rows[0]) if rows else None
 
-    async def get_many(self, ids: Sequence[str]) -> Sequence[Event]:
+    async def get_many(self, ids: Sequence[str], *, browse: bool = False) -> Sequence[Event]:
         """Those of the ids that exist, whoever's they are."""
-        async with self._db.read() as tx:
+        async with self._db.read(browse=browse) as tx:
             return [_read(row) for row in await tx.fetch("SELECT * FROM events WHERE id IN (:ids)", ids=ids)]
 
     async def ids(self, tenant: str, *, after: str, limit: int) -> Sequence[str]:
