@@ -154,6 +154,27 @@ def test_a_damaged_database_makes_no_backup(tmp_path: Path):
     assert [one.name for one in tmp_path.iterdir()] == ["relay.db"]
 
 
+def test_what_is_written_meanwhile_neither_gets_into_the_copy_nor_has_it_begin_anew(tmp_path: Path):
+    source, copy = tmp_path / "relay.db", tmp_path / "copy.db"
+    with closing(sqlite3.connect(source)) as relays:
+        relays.execute("PRAGMA journal_mode = WAL")
+        relays.execute("CREATE TABLE t (x TEXT)")
+        relays.executemany("INSERT INTO t VALUES (?)", [("y" * 4000,)] * (STEP * 5))
+        relays.commit()
+        steps: list[int] = []
+
+        def write(done: int, total: int) -> None:
+            assert len(steps) < 20
+            steps.append(done)
+            relays.execute("INSERT INTO t VALUES ('z')")
+            relays.commit()
+
+        backup(source, copy, show=write)
+    assert len(steps) > 5
+    assert steps == sorted(set(steps))
+    assert rows(copy, "SELECT COUNT(*) FROM t") == [(STEP * 5,)]
+
+
 def test_of_two_backups_with_one_name_the_later_one_is_refused(tmp_path: Path):
     source, copy = tmp_path / "relay.db", tmp_path / "copy.db"
     with closing(sqlite3.connect(source)) as file:
