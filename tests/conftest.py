@@ -120,7 +120,7 @@ class World:
         settings = read_config({"public_url": origin, **self.document(**changes)}, {})
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         async with (
-            serving(build(settings, now=self.clock), bound),
+            serving(build(settings, now=self.clock), bound, trusted_proxies=settings.network.trusted_proxies),
             httpx.AsyncClient(base_url=origin, headers=headers, timeout=30) as api,
         ):
             yield RunningRelay(origin, settings, api, self.clock)

@@ -22,7 +22,7 @@ from tests.serving import listener
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
-NAME = "relay.example.com"
+NAME, CALLER = "relay.example.com", "127.0.0.2"
 # Debian has it where only root looks.
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 MAIN = """
@@ -103,10 +103,9 @@ async def front(world: World, tmp_path: Path) -> AsyncIterator[Front]:
     )
     context = ssl.create_default_context()
     authority.configure_trust(context)
-    # Its name leads here, as it would in the net.
-    transport = httpx.AsyncHTTPTransport(verify=context)
     client = httpx.AsyncClient(
-        transport=transport,
+        # Not the address that nginx itself has.
+        transport=httpx.AsyncHTTPTransport(verify=context, local_address=CALLER),
         base_url=f"https://127.0.0.1:{port}",
         headers={"authorization": f"Bearer {ADMIN_KEY}", "host": NAME},
         timeout=30,
@@ -137,7 +136,7 @@ async def test_behind_nginx_the_api_works_and_the_callers_address_is_the_real_on
     assert answer.status_code == 201, answer.text
     assert "strict-transport-security" in answer.headers
     [entry] = (await front.client.get("/v1/audit?action=key.created")).json()["data"]
-    assert entry["address"] == "127.0.0.1"
+    assert entry["address"] == CALLER
     many = await asyncio.gather(*(front.client.get("/v1/endpoints") for _ in range(50)))
     assert {one.status_code for one in many} == {200}
 

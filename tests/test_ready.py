@@ -48,12 +48,15 @@ async def crashes(loop: Any) -> None:
     raise RuntimeError("a secret of the tests")
 
 
-@pytest.mark.parametrize("broken", [hangs, crashes])
 @pytest.mark.parametrize(
-    ("loop", "tick"), [("poll", "relay.poll.Poller.tick"), ("deliver", "relay.deliver.Deliverer.tick")]
+    ("loop", "tick", "broken"),
+    [
+        ("poll", "relay.poll.Poller.tick", hangs),
+        ("deliver", "relay.deliver.Deliverer.tick", crashes),
+    ],
 )
 async def test_a_loop_that_hangs_or_crashes_is_named_after_a_while(
-    world: World, monkeypatch: pytest.MonkeyPatch, broken: Any, loop: str, tick: str
+    world: World, monkeypatch: pytest.MonkeyPatch, loop: str, tick: str, broken: Any
 ):
     monkeypatch.setattr("relay.pulse._PATIENCE", 1.0)
     monkeypatch.setattr(tick, broken)
