@@ -64,8 +64,9 @@ async def test_the_document_is_valid_and_names_every_route(world: World) -> None
         for method in (route.methods or ()) - {"HEAD"}
     }
     described = {(method, path) for method, path, _ in operations(document)}
-    # The document and the page that is made of it are all that it need not describe.
-    assert served - described <= {("GET", "/openapi.json"), ("GET", "/docs")}
+    # The document, the page that is made of it, and what is for Prometheus (docs/watching.md) are all that it
+    # need not describe.
+    assert served - described <= {("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/metrics")}
     assert described <= served
 
 

@@ -32,22 +32,30 @@ class Retention:
 
     async def remove_attempts(self, *, before: int, limit: int, after: str = "") -> Step:
         """Attempts of finished deliveries that began before `before`."""
-        first = first_id("att", before)
-        last = await self._last("attempts", after, first, limit)
-        async with self._db.write() as tx:
-            rows = await tx.fetch(
-                f"""
-                SELECT a.id FROM attempts a JOIN deliveries d ON d.id = a.delivery_id
-                WHERE a.id > :after AND a.id < :before AND a.id <= :last AND d.due_at IS NULL
-                ORDER BY a.id LIMIT :limit {self._db.skip_locked}
+        async with self._db.read(browse=True) as tx:
+            found = await tx.fetch(
+                """
+                SELECT id, delivery_id FROM attempts WHERE id > :after AND id < :before
+                ORDER BY id LIMIT :limit
                 """,
                 after=after,
-                before=first,
-                last=last or first,
+                before=first_id("att", before),
                 limit=limit,
             )
-            await tx.execute_many("DELETE FROM attempts WHERE id = :id", _keys(rows))
-        return Step(len(rows), last)
+        if not found:
+            return Step(0, None)
+        async with self._db.write() as tx:
+            ended = await tx.fetch(
+                f"""
+                SELECT id FROM deliveries WHERE id IN (:ids) AND due_at IS NULL ORDER BY id
+                {self._db.skip_locked}
+                """,
+                ids=sorted({row["delivery_id"] for row in found}),
+            )
+            free = {row["id"] for row in ended}
+            gone = [{"id": row["id"]} for row in found if row["delivery_id"] in free]
+            await tx.execute_many("DELETE FROM attempts WHERE id = :id", gone)
+        return Step(len(gone), found[-1]["id"] if len(found) == limit else None)
 
     async def forget_bodies(self, *, before: int, limit: int, after: str = "") -> Step:
         """What endpoints answered to attempts that began before `before`; the attempts stay."""
