@@ -285,6 +285,7 @@ def ingest_of(store: Store, now: Time, accepted: list[Claimed] | None = None, *,
         store,
         handoff=lambda: taking(room, now=now()),
         accept=lambda claimed, handoff: taken.extend(claimed),
+        stored=lambda tenants: None,
         progress_interval=INTERVAL,
         now=now,
     )
