@@ -78,14 +78,17 @@ class Endpoint:
     deleted_at: int | None = None
 
     def wants(self, event: Event) -> bool:
-        if self.event_types:
-            if event.type not in self.event_types:
-                return False
-        elif event.type not in DEFAULT_TYPES:
+        return self.takes(event.type, event.account) and self.lets_through(event.body)
+
+    def takes(self, event_type: str, account: str | None) -> bool:
+        """Whether it wants such events, as far as their bodies do not matter."""
+        if event_type not in (self.event_types or DEFAULT_TYPES):
             return False
-        if self.accounts and event.account not in self.accounts:
-            return False
-        return self.filter is None or passes(self.filter, event.body, endpoint=self.id)
+        return not self.accounts or account in self.accounts
+
+    def lets_through(self, body: bytes) -> bool:
+        """Whether nothing in the body speaks against it."""
+        return self.filter is None or passes(self.filter, body, endpoint=self.id)
 
     @property
     def public_key(self) -> str | None:

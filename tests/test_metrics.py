@@ -100,7 +100,8 @@ async def test_it_says_how_soon_an_end_was_known_and_announced(world: World):
     relay = await world.relay()
     await world.endpoint(relay)
     for provider in ("pixellabs", "luma"):
-        await world.watch(relay, provider)
+        # Long enough to be seen while it runs.
+        await world.watch(relay, provider, duration=2)
     await world.subscriber.got(2)
     found = await eventually(
         relay, lambda all_: value(all_, "relay_store_batch_size_sum", batch="settle") == 2

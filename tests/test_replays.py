@@ -150,6 +150,22 @@ async def test_what_is_missing_is_delivered_under_the_id_that_it_has(database_ur
     assert await counted(relay, status="missing") == 10
 
 
+async def test_of_what_is_missing_an_endpoint_gets_what_its_filter_lets_through(
+    database_url: str, world: World
+):
+    relay = await world.relay(database=database_url, delivery=NEVER)
+    ids = await publish(relay, 130)
+    few = ids[:7]
+    endpoint = await world.endpoint(relay, event_types=[SHIPPED], filter="data.n < `7`")
+    wanted = {"endpoint_id": endpoint["id"], "status": "missing"}
+    assert await counted(relay, **wanted) == len(few)
+    done = await replayed(relay, **wanted, rate_limit=FAST)
+    assert (done["status"], done["total"], done["done"]) == ("completed", len(few), len(few))
+    await over(relay, len(few), "delivered")
+    assert ids_at(world) == Counter(few)
+    assert await counted(relay, **wanted) == 0
+
+
 async def test_all_is_every_finished_delivery_and_what_is_missing(database_url: str, world: World):
     relay = await world.relay(database=database_url, delivery=NEVER)
     early = await failed(world, relay, 30, "/early")

@@ -8,7 +8,6 @@ from typing import Any
 
 from relay.endpoint import Endpoint
 from relay.errors import Conflict, NotFound
-from relay.event import Event
 from relay.ids import first_id, new_id
 from relay.keyring import KeyRing
 from relay.selection import Found, Replay, Selection, Status, Wanted, is_of_delivery
@@ -21,6 +20,8 @@ from relay.store.idempotency import Idempotency, reserve
 
 # So many deliveries of an endpoint that are due and that nobody has taken are as much as it takes for now.
 ENOUGH_WAITING = 16
+# Rows that are read, and bodies that are in memory, at once.
+READ, BODIES = 2_000, 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +142,15 @@ class Replays:
 
     async def tally(self, selection: Selection, position: str, *, limit: int) -> tuple[int, str | None]:
         """How many `look` would find among the next `limit` rows, and the position behind them; the rows stay
-        in the database."""
-        if selection.generation_id is not None:
-            stretch = await self.look(selection, position, limit=limit, until=selection.until)
-            return len(stretch.found), stretch.position
+        in the database, but where filters must look into them."""
         async with self._db.read(browse=True) as tx:
             endpoints = await self._listening(tx, selection)
-            tally = _tally_finished if is_of_delivery(position) else _tally_lacking
-            return await tally(tx, selection, position, limit, endpoints)
+            is_filtered = not is_of_delivery(position) and any(one.filter for one in endpoints.values())
+            if selection.generation_id is None and not is_filtered:
+                tally = _tally_finished if is_of_delivery(position) else _tally_lacking
+                return await tally(tx, selection, position, limit, endpoints)
+        stretch = await self.look(selection, position, limit=min(limit, READ), until=selection.until)
+        return len(stretch.found), stretch.position
 
     async def advance(
         self, replay: Replay, chosen: Sequence[Found], position: str | None, *, paced_at: int, now: int
@@ -330,11 +332,6 @@ def _takers(selection: Selection, endpoints: Mapping[str, Endpoint]) -> set[str 
     return {*endpoints, *([None] if selection.endpoint_id is None else [])}
 
 
-def _event(row: Row) -> Event:
-    """As much of it as an endpoint looks at."""
-    return Event("", row["tenant"], row["type"], b"", 0, account=row["account"])
-
-
 async def _tally_finished(
     tx: Transaction, selection: Selection, position: str, limit: int, endpoints: Mapping[str, Endpoint]
 ) -> tuple[int, str | None]:
@@ -418,7 +415,7 @@ def _lacks(selection: Selection, row: Row, endpoint: Endpoint) -> bool:
         row["tenant"] == selection.tenant
         and selection.can_lack(row["type"])
         and selection.includes(row["type"], row["account"], selection.generation_id)
-        and endpoint.wants(_event(row))
+        and endpoint.takes(row["type"], row["account"])
     )
 
 
@@ -433,7 +430,7 @@ async def _lacking(
         and selection.can_lack(row["type"])
         and selection.includes(row["type"], row["account"], row["generation_id"])
         for one in endpoints.values()
-        if one.wants(_event(row))
+        if one.takes(row["type"], row["account"])
     ]
     if not wanted:
         return []
@@ -443,11 +440,38 @@ async def _lacking(
         ids=sorted({event_id for event_id, _ in wanted}),
     ):
         there[row["event_id"]].add(row["endpoint_id"])
+    lacking = [
+        (event_id, endpoint_id) for event_id, endpoint_id in wanted if endpoint_id not in there[event_id]
+    ]
+    held_back = await _held_back(tx, lacking, endpoints)
     return [
         Found(event_id, event_id, None, endpoint_id, endpoint_id)
-        for event_id, endpoint_id in wanted
-        if endpoint_id not in there[event_id]
+        for event_id, endpoint_id in lacking
+        if (event_id, endpoint_id) not in held_back
     ]
+
+
+async def _held_back(
+    tx: Transaction, lacking: Sequence[tuple[str, str]], endpoints: Mapping[str, Endpoint]
+) -> set[tuple[str, str]]:
+    """What the endpoints' filters do not let through. Few bodies are in memory at once, and between them
+    others have their turn."""
+    filtered = defaultdict[str, list[Endpoint]](list)
+    for event_id, endpoint_id in lacking:
+        if endpoints[endpoint_id].filter is not None:
+            filtered[event_id].append(endpoints[endpoint_id])
+    held_back, ids = set[tuple[str, str]](), list(filtered)
+    for start in range(0, len(ids), BODIES):
+        rows = await tx.fetch(
+            "SELECT id, body FROM events WHERE id IN (:ids)", ids=ids[start : start + BODIES]
+        )
+        held_back |= {
+            (row["id"], one.id)
+            for row in rows
+            for one in filtered[row["id"]]
+            if not one.lets_through(row["body"])
+        }
+    return held_back
 
 
 def _again(replay: Replay, one: Found, now: int) -> dict[str, Any]:
