@@ -5,7 +5,7 @@ BIN := .venv/bin
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check audit bench bench-polling lock image clean
+.PHONY: help install demo test test-all check audit bench bench-polling soak lock image clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 12
@@ -35,10 +35,14 @@ audit: .venv/.installed-dev  ## Look for known vulnerabilities in what the lock 
 bench: .venv/.installed-dev  ## Measure: how fast, how soon, how fair, on both databases (about half an hour)
 	$(BIN)/python -m bench.delivery --json bench/results.json
 	$(BIN)/python -m bench.scaling --json bench/results-scaling.json
+	$(BIN)/python -m bench.pruning
 
 bench-polling: .venv/.installed-dev  ## Measure: how soon an end is known, for how many requests (some minutes)
 	$(BIN)/python -m bench.polling --plot docs/polling.svg
 	$(BIN)/python -m bench.watched
+
+soak: .venv/.installed-dev  ## An hour of load, faults and restarts: nothing lost, nothing grows
+	$(BIN)/python -m bench.soak --plot docs/soak.svg --json bench/results-soak.json
 
 lock: .venv/.installed-dev  ## Write the lock files anew, with the newest versions
 	$(BIN)/uv pip compile -q --upgrade pyproject.toml --all-extras --group build --group dev --universal \

@@ -102,9 +102,15 @@ def wait_until_ready(port: int) -> None:
 
 @contextmanager
 def relay(
-    directory: str, *, timeout: str = "15s", database: str = "sqlite:///relay.db"
+    directory: str,
+    program: str = "relay",
+    *,
+    timeout: str = "15s",
+    database: str = "sqlite:///relay.db",
+    **config: Any,
 ) -> Iterator[tuple[Process, int]]:
-    """A relay on a database, in this directory when none is named."""
+    """A relay on a database, in this directory when none is named; `config` are more keys of its
+    configuration, `program` what is run instead of it."""
     port = free_port()
     settings = {
         "port": port,
@@ -114,10 +120,11 @@ def relay(
         "log_level": "warning",
         "network": {"allow": ["127.0.0.0/8"]},
         "delivery": {"timeout": timeout},
+        **config,
     }
     config = Path(directory, f"config-{port}.yaml")
     config.write_text(json.dumps(settings))
-    process = Process("relay", "serve", "--config", str(config), cwd=directory)
+    process = Process(program, "serve", "--config", str(config), cwd=directory)
     try:
         wait_until_ready(port)
         yield process, port

@@ -15,7 +15,8 @@ from relay.asker import Asker
 from relay.batch import Batch
 from relay.bell import Bell
 from relay.callback import Callbacks
-from relay.config import Settings, accounts, check_url
+from relay.catalog import Catalog
+from relay.config import Settings, TracingSettings, accounts, check_url
 from relay.deliver import Deliverer
 from relay.errors import StoreError
 from relay.generation import Update
@@ -27,11 +28,14 @@ from relay.ingest import Ingest
 from relay.key import Key, Scope, hash_of, new_key
 from relay.keyring import KeyRing
 from relay.limit import Limit
+from relay.live import Live
+from relay.metrics import Metrics
 from relay.poll import Poller
-from relay.prune import prune
+from relay.prune import Pruner
 from relay.pulse import Pulse
 from relay.redact import Redactor
 from relay.renew import Renewer
+from relay.replay import advance
 from relay.roster import Roster
 from relay.sender import Sender
 from relay.server import Server, bind, origin, use_all_files
@@ -42,6 +46,7 @@ from relay.store.generations import Hint
 from relay.store.migrate import migrate
 from relay.store.tables import check_whole
 from relay.tenant import DEFAULT
+from relay.tracing import Tracing
 from relay.web import inbound, ops
 from relay.web.api import REPLAYS_A_SECOND, REPLAYS_AT_ONCE, TESTS_A_MINUTE
 from relay.web.auth import Gate
@@ -53,9 +58,12 @@ from relay.web.problem import HANDLERS
 log = logging.getLogger(__name__)
 POLL_TICK = 0.25
 RETRY_TICK = 0.25
+REPLAY_TICK = 0.25
 BEAT = 2
-PRUNE_TICK = 3600
+PRUNE_TICK = 60
+TIDY_TICK = 5
 KEYS_TICK = 60
+LAG_TICK = 0.5
 # A tick whose store takes nothing beats slower and slower: of so many beats at least one is tried.
 LONGEST_REST = 8
 # A database that is not there yet is waited for; seconds.
@@ -111,6 +119,7 @@ async def serve(
 
         def wind_down() -> None:
             relay.ingest.stop_waiting()
+            relay.live.stop()
             relay.poller.stop_claiming()
             relay.deliverer.stop_claiming()
             relay.holder.wind_down()
@@ -159,13 +168,19 @@ async def running(
         sender = Sender.open(guard, timeout=settings.delivery.timeout, proxy=settings.network.proxy, now=now)
         stack.push_async_callback(sender.close)
         known = redactor or Redactor(*settings.secrets)
-        relay = _assemble(settings, store, asker, sender, redactor=known, now=now)
+        name, tracing = new_id("rly", now()), None
+        if settings.tracing.endpoint is not None:
+            tracing = _open_tracing(settings.tracing, settings.tracing.endpoint, relay=name)
+            stack.push_async_callback(tracing.close)
+        relay = _assemble(settings, store, asker, sender, redactor=known, name=name, tracing=tracing, now=now)
         await relay.accounts.look_at_all()
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
         await relay.holder.start()
+        stack.callback(asyncio.create_task(_feel_the_loop(relay.metrics)).cancel)
         metronome = _metronome(relay)
         stack.callback(metronome.shutdown, wait=False)
+        stack.push_async_callback(relay.live.close)
         stack.push_async_callback(relay.bell.flush)
         stack.push_async_callback(_steady("keys", relay.gate.write_down))
         stack.push_async_callback(relay.holder.stop)
@@ -173,10 +188,22 @@ async def running(
         stack.push_async_callback(relay.deliverer.stop)
         stack.push_async_callback(relay.ingest.flush)
         stack.push_async_callback(relay.poller.stop)
+        stack.push_async_callback(relay.pruner.stop)
         stack.callback(relay.holder.wind_down)
         # A shutdown would cancel the ticks under way, and what they have just claimed would be nobody's.
         stack.callback(metronome.pause)
         yield relay
+
+
+def _open_tracing(settings: TracingSettings, endpoint: str, *, relay: str) -> Tracing:
+    return Tracing.open(
+        endpoint,
+        headers=settings.headers,
+        service=settings.service,
+        relay=relay,
+        share=settings.share,
+        propagates=settings.propagate,
+    )
 
 
 async def _prepare(
@@ -207,9 +234,11 @@ def _assemble(
     sender: Sender,
     *,
     redactor: Redactor,
+    name: str,
+    tracing: Tracing | None,
     now: Callable[[], int],
 ) -> Relay:
-    held, name = Held(), new_id("rly", now())
+    held, metrics, pulse = Held(), Metrics(settings.accounts), Pulse()
     bell = Bell(store.database, relay=name)
 
     def check_base_url(url: str) -> None:
@@ -230,13 +259,19 @@ def _assemble(
         shards=held,
         ring=bell.ring,
         renew=Renewer(store, look=look, now=now).renew,
+        metrics=metrics,
+        tracing=tracing,
         now=now,
     )
+    live = Live(store, ring=bell.ring, now=now)
     ingest = Ingest(
         store,
         handoff=deliverer.handoff,
         accept=deliverer.accept,
+        stored=live.stored,
         progress_interval=settings.delivery.progress_interval,
+        metrics=metrics,
+        tracing=tracing,
         now=now,
     )
 
@@ -249,6 +284,8 @@ def _assemble(
         ring=bell.ring,
         record=ingest.record,
         changed=ingest.account_changed,
+        metrics=metrics,
+        tracing=tracing,
         now=now,
     )
 
@@ -286,25 +323,44 @@ def _assemble(
         await store.generations.hint(hints, turns=turns, now=now())
         return [None] * len(hints)
 
+    def may_prune() -> bool:
+        # To remove much may take hours; as long as it asks, it is alive.
+        pulse.beat("prune", time.monotonic())
+        return held.covers("retention", now())
+
     return Relay(
         settings=settings,
         store=store,
         accounts=roster,
         callbacks=Callbacks(settings.origin, settings.secret_keys),
         ingest=ingest,
+        live=live,
+        catalog=Catalog(store, ring=bell.ring, now=now),
         asker=asker,
         poller=poller,
         deliverer=deliverer,
         shards=held,
         holder=holder,
+        pruner=Pruner(
+            store,
+            events=settings.retention.events,
+            attempts=settings.retention.attempts,
+            bodies=settings.retention.bodies,
+            audit=settings.retention.audit,
+            may=may_prune,
+            observed=metrics.pruned,
+            now=now,
+        ),
         bell=bell,
         gate=Gate(store.keys, settings.admin_key, now=now),
         test_limit=Limit(TESTS_A_MINUTE / 60, TESTS_A_MINUTE),
         replay_limit=Limit(REPLAYS_A_SECOND, REPLAYS_AT_ONCE),
-        pulse=Pulse(),
+        pulse=pulse,
         redactor=redactor,
-        watch=Batch(store.generations.create),
-        hint=Batch(hint),
+        watch=Batch(store.generations.create, observed=metrics.written("watch")),
+        hint=Batch(hint, observed=metrics.written("hint")),
+        metrics=metrics,
+        tracing=tracing,
         now=now,
     )
 
@@ -323,6 +379,12 @@ def _listener(relay: Relay) -> Callable[[str], None]:
                 relay.poller.wake()
             case "endpoint":
                 relay.deliverer.forget(which)
+            case "types":
+                relay.catalog.forget(which)
+            case "events":
+                relay.live.wake(which)
+            case "streams":
+                relay.live.heard(which)
             case "shards":
                 relay.holder.wake()
 
@@ -334,17 +396,9 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
     scheduler = AsyncIOScheduler(
         timezone="UTC", job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
     )
-    retention = relay.settings.retention
 
-    async def remove_old() -> None:
-        if relay.shards.covers("retention", relay.now()):
-            await prune(
-                relay.store,
-                events=retention.events,
-                attempts=retention.attempts,
-                audit=retention.audit,
-                now=relay.now(),
-            )
+    async def replay() -> None:
+        await advance(relay.store, covers=relay.shards.covers, wake=relay.deliverer.wake, now=relay.now)
 
     def every(
         seconds: float, name: str, tick: Callable[[], Awaitable[None]], *, longest_rest: int = LONGEST_REST
@@ -360,12 +414,24 @@ def _metronome(relay: Relay) -> AsyncIOScheduler:
 
     every(POLL_TICK, "poll", relay.poller.tick)
     every(RETRY_TICK, "deliver", relay.deliverer.tick)
+    every(REPLAY_TICK, "replay", replay)
     if not relay.store.database.alone:
         every(BEAT, "hold", relay.holder.beat, longest_rest=1)
-    every(PRUNE_TICK, "prune", remove_old, longest_rest=1)
+    else:
+        every(TIDY_TICK, "tidy", relay.store.database.tidy, longest_rest=1)
+    every(PRUNE_TICK, "prune", relay.pruner.tick, longest_rest=1)
     every(KEYS_TICK, "keys", relay.gate.write_down, longest_rest=1)
     scheduler.start()
     return scheduler
+
+
+async def _feel_the_loop(metrics: Metrics) -> None:
+    """How late what is due begins, again and again."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        due = clock() + LAG_TICK
+        await asyncio.sleep(LAG_TICK)
+        metrics.loop_lagged(max(0.0, clock() - due))
 
 
 def _steady(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -32,11 +33,18 @@ class Batch(Generic[T, R]):
 
     Awaiting a call returns that item's result once `write` has returned, so what `write` made durable is
     durable then. A write that fails is repeated item by item, so that one bad item fails alone, unless
-    the store took nothing at all.
+    the store took nothing at all. After each write `observed` is told how many there were, and how many
+    seconds it took.
     """
 
-    def __init__(self, write: Callable[[Sequence[T]], Awaitable[Sequence[R]]], *, limit: int = 500) -> None:
-        self._write = write
+    def __init__(
+        self,
+        write: Callable[[Sequence[T]], Awaitable[Sequence[R]]],
+        *,
+        limit: int = 500,
+        observed: Callable[[int, float], None] = lambda count, seconds: None,
+    ) -> None:
+        self._write, self._observed = write, observed
         self._limit = limit
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
         self._writing: asyncio.Task[None] | None = None
@@ -63,6 +71,7 @@ class Batch(Generic[T, R]):
             self._writing = None
 
     async def _settle(self, group: Sequence[tuple[T, asyncio.Future[R]]]) -> None:
+        begun = time.perf_counter()
         try:
             results = await self._write([item for item, _ in group])
         except Exception as error:
@@ -75,6 +84,7 @@ class Batch(Generic[T, R]):
                 if not future.done():
                     future.set_exception(error)
             return
+        self._observed(len(group), time.perf_counter() - begun)
         for (_, future), result in zip(group, results, strict=True):
             # A caller that went away is told nothing; its item is written all the same.
             if not future.done():

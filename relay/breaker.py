@@ -9,6 +9,7 @@ Failures are what says that the endpoint is unwell: the network, time-outs, 5xx.
 """
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from relay.delivery import LONGEST_RETRY_AFTER, Answer, Code
 
@@ -19,6 +20,14 @@ SLOW, SLOTS_WHEN_SLOW = 5_000, 2
 SPREAD = 0.2
 _THROTTLING = frozenset({429, 502, 503, 504})
 _UNWELL = frozenset({Code.TIMEOUT, Code.DNS, Code.CONNECT, Code.TLS, Code.DISCONNECTED, Code.BAD_RESPONSE})
+
+
+class State(StrEnum):
+    CLOSED = "closed"  # as many as ever
+    OPEN = "open"  # unwell: nothing is sent
+    HALF_OPEN = "half_open"  # one is sent, to see
+    RECOVERING = "recovering"  # well again: more and more are sent
+    PAUSED = "paused"  # it asked for less: nothing is sent for a while
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +42,14 @@ class Breaker:
     paused_until: int = 0
     allowance: int | None = None
     latency: float | None = None
+
+    def state(self, now: int) -> State:
+        """How it is now, in one word."""
+        if now < self.paused_until:
+            return State.OPEN if self.trips else State.PAUSED
+        if self.trips:
+            return State.HALF_OPEN
+        return State.CLOSED if self.allowance is None else State.RECOVERING
 
     def slots(self, now: int, most: int) -> int:
         """How many attempts may be in flight at once now, of at most `most`."""

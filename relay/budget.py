@@ -97,6 +97,12 @@ class Budget:
         passed = max(1 - (self.day_ends_at - now) / DAY, EARLY)
         return min(max(self.used_today / self.per_day / passed, 1.0), SCARCEST)
 
+    def left_today(self, now: int) -> int | None:
+        """What is left of `per_day`; None where that is not limited."""
+        if self.per_day is None:
+            return None
+        return max(0, self.per_day - (self.used_today if now < self.day_ends_at else 0))
+
     def kept(self) -> dict[str, Any]:
         """What must survive a restart."""
         return {name: value for name, value in asdict(self).items() if not name.startswith("per_")}

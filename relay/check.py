@@ -20,6 +20,7 @@ from relay.store.accounts import Accounts
 from relay.store.migrate import pending
 from relay.store.sealed import Sealed
 from relay.store.tables import check_whole
+from relay.tracing import MISSING, is_installed
 
 SHORTEST_SECRET = 32
 SHORTEST_ADMIN_KEY = 20
@@ -69,6 +70,8 @@ def _configuration(settings: Settings) -> list[Finding]:
         if one.webhook_secrets and not one.provider.signs:
             message = f"is of no use: {one.provider.name} does not sign its callbacks"
             found.append(Finding(f"accounts.{name}.webhook_secret", "warning", message))
+    if settings.tracing.endpoint is not None and not is_installed():
+        found.append(Finding("tracing.endpoint", "failed", MISSING))
     calling = [
         name for name, one in configured.items() if one.provider.calls_back or one.takes_signed_callbacks
     ]

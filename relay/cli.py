@@ -28,10 +28,11 @@ from relay.copy import copy as copy_database
 from relay.demo import demo as run_demo
 from relay.doctor import doctor
 from relay.errors import ConfigError, CopyFailed, StoreError
+from relay.listen import listen
 from relay.local import Config, backup, keys, rekey
 from relay.logs import set_up
 from relay.redact import Redactor
-from relay.remote import accounts, deliveries, endpoints, generations, track
+from relay.remote import accounts, deliveries, endpoints, generations, replay, replays, track
 from relay.server import Server, bind, origin
 from relay.simulator import Simulator
 from relay.store import open_database
@@ -46,12 +47,15 @@ app = typer.Typer(
 )
 app.command()(doctor)
 app.command()(track)
+app.command()(replay)
+app.command()(listen)
 app.command()(rekey)
 app.command()(backup)
 app.add_typer(keys, name="keys", help="Who may use the API: on the database, also of a running relay.")
 app.add_typer(generations, name="generations", help="The jobs that are watched.")
 app.add_typer(endpoints, name="endpoints", help="The URLs that are told.")
 app.add_typer(deliveries, name="deliveries", help="What was told, attempt by attempt.")
+app.add_typer(replays, name="replays", help="What was, and is, replayed in bulk.")
 app.add_typer(accounts, name="accounts", help="The credentials at providers.")
 out, err = Console(), Console(stderr=True)
 

@@ -25,7 +25,7 @@ from relay import account, tenant
 from relay.endpoint import canonical_url
 from relay.errors import ConfigError
 from relay.providers import Account, load
-from relay.redact import passwords
+from relay.redact import credentials, passwords
 from relay.times import parse_duration
 
 OVERRIDES = {
@@ -126,7 +126,21 @@ class NetworkSettings(_Section):
 class RetentionSettings(_Section):
     events: Duration = 30 * 86_400_000
     attempts: Duration = 30 * 86_400_000
+    bodies: Duration = 30 * 86_400_000
     audit: Duration = 365 * 86_400_000
+
+
+class MetricsSettings(_Section):
+    token: Annotated[str, AfterValidator(_sendable)] | None = Field(default=None, repr=False)
+    allow: tuple[IPvAnyNetwork, ...] = ()
+
+
+class TracingSettings(_Section):
+    endpoint: str | None = Field(default=None, pattern=r"^https?://", repr=False)
+    headers: Mapping[str, str] = Field(default_factory=dict, repr=False)
+    service: str = "relay"
+    share: float = Field(default=1.0, ge=0, le=1)
+    propagate: bool = False
 
 
 class Settings(_Section):
@@ -147,6 +161,8 @@ class Settings(_Section):
     delivery: DeliverySettings = DeliverySettings()
     network: NetworkSettings = NetworkSettings()
     retention: RetentionSettings = RetentionSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
 
     @property
     def secret_keys(self) -> tuple[str, ...]:
@@ -162,7 +178,11 @@ class Settings(_Section):
     @property
     def secrets(self) -> list[str]:
         """All that must appear nowhere: what `repr` does not show, of URLs the passwords."""
-        return [secret for text in _hidden(self) for secret in (passwords(text) if "://" in text else [text])]
+        return [
+            secret
+            for text in _hidden(self)
+            for secret in (passwords(text) if "://" in text else credentials(text))
+        ]
 
 
 def _hidden(value: Any, hide: bool = False) -> Iterator[str]:

@@ -17,15 +17,18 @@ from uuid import uuid4
 
 from relay import event, signature
 from relay.batch import Batch, insist
-from relay.breaker import Breaker
+from relay.breaker import Breaker, State
 from relay.delivery import Answer, Claimed, Code, Settlement, settle
 from relay.errors import StoreError
 from relay.lane import PATIENCE, Lane
+from relay.metrics import Metrics
 from relay.redact import Redactor, credentials, traces
 from relay.sender import Sender
 from relay.shard import Held, shard_of
 from relay.store import Store
 from relay.store.events import Handoff
+from relay.times import rfc3339
+from relay.tracing import Tracing
 
 log = logging.getLogger(__name__)
 LEASE = 45_000
@@ -63,15 +66,18 @@ class Deliverer:
         shards: Held,
         ring: Callable[[str, int | str], None],
         renew: Callable[[str, int], Awaitable[bool]],
+        metrics: Metrics,
+        tracing: Tracing | None,
         now: Callable[[], int],
     ) -> None:
         self._store, self._sender, self._renewal, self._now = store, sender, renew, now
+        self._metrics, self._tracing = metrics, tracing
         self._shards, self._ring = shards, ring
         self._schedule, self._timeout = schedule, timeout
         self._concurrency, self._most = concurrency, endpoint_concurrency
         self._retry_slots = max(1, concurrency * 3 // 4)
         self._unproven_slots = max(1, concurrency // 2)
-        self._settle: Batch[Settlement, None] = Batch(self._write)
+        self._settle: Batch[Settlement, None] = Batch(self._write, observed=metrics.written("settle"))
         self._give_back: Batch[tuple[Claimed, int], None] = Batch(self._postpone)
         self._lanes: dict[str, Lane] = {}
         self._ready: deque[str] = deque()
@@ -105,7 +111,7 @@ class Deliverer:
                 self._stopping
                 or taken.total() >= HELD - self._held
                 or size + length > HELD_BYTES - self._held_bytes
-                or taken[destination] >= self._room(lane)
+                or taken[destination] >= self._room_for_fresh(lane)
             ):
                 if lane is not None:
                     lane.backlog = True
@@ -250,6 +256,16 @@ class Deliverer:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
+    def breakers(self) -> Mapping[State, int]:
+        """How many of the destinations that it remembers are in which state."""
+        now = self._now()
+        return Counter(lane.breaker.state(now) for lane in self._lanes.values())
+
+    @property
+    def in_hand(self) -> tuple[int, int]:
+        """How many deliveries wait in memory, and how many are being sent."""
+        return self._held - self._sending, self._sending
+
     @property
     def _lease(self) -> int:
         return max(LEASE, 3 * self._timeout)
@@ -272,6 +288,10 @@ class Deliverer:
 
     def _room(self, lane: Lane | None) -> int:
         return (lane or Lane()).room(self._now(), self._most)
+
+    def _room_for_fresh(self, lane: Lane | None) -> int:
+        """What is told for the first time does not wait in the store until what is replayed has made room."""
+        return self._room(lane) + (len(lane.retries) if lane is not None else 0)
 
     def _offer(self, name: str, lane: Lane) -> None:
         """Puts a lane into the ring when it has something that may be sent now."""
@@ -383,8 +403,9 @@ class Deliverer:
 
     async def _attempt(self, name: str, lane: Lane, one: Claimed, *, unproven: bool) -> None:
         answer = news = None
+        span = self._tracing.new_span() if self._tracing is not None else 0
         try:
-            answer = await self._send(one)
+            answer = await self._send(one, span)
         finally:
             self._sending -= 1
             lane.sending -= 1
@@ -398,7 +419,7 @@ class Deliverer:
             self._pump()
         try:
             if answer is not None:
-                await self._log_and_settle(one, answer, news)
+                await self._log_and_settle(one, answer, news, span)
         finally:
             lane.unsettled -= 1
             self._over.set()
@@ -447,7 +468,7 @@ class Deliverer:
             if name in self._lanes:
                 self._offer(name, self._lanes[name])
 
-    async def _send(self, one: Claimed) -> Answer | None:
+    async def _send(self, one: Claimed, span: int) -> Answer | None:
         if self._is_too_late(one):
             return None
         now = self._now()
@@ -455,9 +476,11 @@ class Deliverer:
             message = "its secret cannot be opened: it was changed in the database; rotate it"
             return Answer(now, 0, code=Code.INTERNAL, message=message)
         try:
-            headers = signature.headers(one.secrets, one.event_id, now // 1000, one.body)
+            headers = {**one.headers, **signature.headers(one.secrets, one.event_id, now // 1000, one.body)}
+            if self._tracing is not None:
+                headers.update(self._tracing.headers(one.generation_id or one.event_id, span))
             clean = partial(self._without_secrets, one)
-            return await self._sender.send(one.url, one.body, {**one.headers, **headers}, clean=clean)
+            return await self._sender.send(one.url, one.body, headers, clean=clean)
         except Exception as error:
             log.error("delivery.internal: %s", error, exc_info=error)
             return Answer(now, 0, code=Code.INTERNAL, message="Relay could not make this attempt")
@@ -469,11 +492,14 @@ class Deliverer:
             return self._stranger(said)
         return Redactor(*(secret for value in known for secret in credentials(value)))(said)
 
-    async def _log_and_settle(self, one: Claimed, answer: Answer, news: bool | None) -> None:
+    async def _log_and_settle(self, one: Claimed, answer: Answer, news: bool | None, span: int) -> None:
         schedule = () if one.event_type in event.TRIED_ONCE else self._schedule
         outcome = settle(
             one, answer, schedule=schedule, now=self._now(), spread=_spread(), endpoint_is_well=news
         )
+        self._metrics.settled(one, outcome)
+        if self._tracing is not None:
+            _trace(self._tracing, span, one, outcome)
         await self._keep_settling(one, outcome)
         log.info("delivery.attempted", extra=_line(one, outcome))
 
@@ -509,15 +535,47 @@ def _spread() -> float:
     return random.random()  # noqa: S311 # jitter, not a secret
 
 
+def _trace(tracing: Tracing, span: int, one: Claimed, outcome: Settlement) -> None:
+    answer = outcome.answer
+    attributes: dict[str, str | int | None] = {
+        "http.request.method": "POST",
+        "http.response.status_code": answer.status,
+        "error.type": answer.code.value if answer.code is not None else None,
+        "relay.event": one.event_id,
+        "relay.event_type": one.event_type,
+        "relay.delivery": one.id,
+        "relay.endpoint": one.endpoint_id,
+        "relay.attempt": outcome.number,
+        "relay.status": outcome.status.value,
+    }
+    tracing.note(
+        "attempt",
+        one.generation_id or one.event_id,
+        begun=answer.started_at,
+        ended=answer.started_at + answer.duration_ms,
+        kind="client",
+        span=span,
+        failed=not answer.accepted,
+        attributes=attributes,
+    )
+
+
 def _line(one: Claimed, outcome: Settlement) -> Mapping[str, object]:
     """The one wide line of an attempt."""
+    answer = outcome.answer
     return {
         "delivery": one.id,
         "event_id": one.event_id,
+        "type": one.event_type,
+        "generation": one.generation_id,
         "endpoint": one.endpoint_id,
         "attempt": outcome.number,
+        "trigger": one.trigger.value,
         "status": outcome.status.value,
-        "response": outcome.answer.status,
-        "code": outcome.answer.code,
-        "ms": outcome.answer.duration_ms,
+        "response": answer.status,
+        "code": answer.code,
+        "bytes": len(one.body),
+        "ms": answer.duration_ms,
+        "since_event_ms": answer.started_at - one.event_at,
+        "again_at": rfc3339(outcome.due_at) if outcome.due_at is not None else None,
     }

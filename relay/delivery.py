@@ -82,7 +82,7 @@ class Claimed:
     """A delivery in the hands of this process until `lease_until`, with all that an attempt needs.
 
     `attempts` were made in all, `run_attempts` of them since the delivery last became pending afresh.
-    `endpoint_id` is None for a generation's `callback_url`.
+    `endpoint_id` is None for a generation's `callback_url`. `event_at` is when its event was stored.
     """
 
     id: str
@@ -101,6 +101,8 @@ class Claimed:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     rate_limit: float | None = None  # attempts a second
     expires_at: int | None = None  # when the first URL in the body stops to work
+    generation_id: str | None = None
+    event_at: int = 0
 
     @property
     def is_retry(self) -> bool:

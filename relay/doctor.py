@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from relay.app import wall_clock
-from relay.remote import HERE, AsJson, Key, Remote, Url, err, out
+from relay.remote import HERE, AsJson, Key, Refused, Remote, Url, err, out
 from relay.times import parse_rfc3339, rfc3339
 
 _MINUTE, _DAY = 60_000, 86_400_000
@@ -66,9 +66,12 @@ def doctor(url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
 
 
 def _not_ready(remote: Remote) -> Iterator[Finding]:
-    answer = remote.ask("GET", "/readyz")
-    if answer.status_code not in (200, 503):
-        remote.call("GET", "/readyz")  # says so
+    try:
+        answer = remote.send("GET", "/readyz")
+        if answer.status_code not in (200, 503):
+            raise Refused.of(answer)
+    except Refused as error:
+        raise error.shown() from error
     for name, verdict in answer.json().get("checks", {}).items():
         if verdict != "ok":
             yield Finding(name, verdict, None, _CHECKS.get(name, _LOOP))
@@ -181,7 +184,7 @@ def _deliveries(remote: Remote, now: int) -> Iterator[Finding]:
 
 
 def _keys(remote: Remote, now: int) -> Iterator[Finding]:
-    if remote.ask("GET", "/v1/keys", query={"limit": 1}).status_code == 403:
+    if remote.send("GET", "/v1/keys", query={"limit": 1}).status_code == 403:
         err.print("[dim]keys are not looked at: that needs a key with the scope admin[/]")
         return
     for one in _all(remote, "/v1/keys"):

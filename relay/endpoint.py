@@ -10,6 +10,7 @@ import httpx
 
 from relay import signature
 from relay.event import ENDINGS, Event
+from relay.filter import passes
 
 DEFAULT_TYPES = frozenset(ENDINGS.values())
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -52,7 +53,8 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Empty `event_types` means the four endings; empty `accounts` means every account.
+    """Empty `event_types` means the four endings; empty `accounts` means every account; `filter` is an
+    expression over the body that must find something (`relay/filter.py`).
 
     `secrets` stand newest first; there are none where those at rest cannot be opened."""
 
@@ -65,6 +67,7 @@ class Endpoint:
     description: str | None = None
     event_types: Sequence[str] = ()
     accounts: Sequence[str] = ()
+    filter: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     rate_limit: float | None = None  # attempts a second
@@ -80,7 +83,9 @@ class Endpoint:
                 return False
         elif event.type not in DEFAULT_TYPES:
             return False
-        return not self.accounts or event.account in self.accounts
+        if self.accounts and event.account not in self.accounts:
+            return False
+        return self.filter is None or passes(self.filter, event.body, endpoint=self.id)
 
     @property
     def public_key(self) -> str | None:

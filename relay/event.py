@@ -134,6 +134,11 @@ def test(tenant: str, endpoint_id: str, *, now: int) -> Event:
     return Event(new_id("evt", now), tenant, TEST, envelope(TEST, rfc3339(now), data), now)
 
 
+def is_test_of(event: Event, endpoint_id: str) -> bool:
+    """Whether it is that endpoint's test, which no other one is sent."""
+    return event.type == TEST and json.loads(event.body)["data"]["endpoint_id"] == endpoint_id
+
+
 def disabled(tenant: str, endpoint_id: str, url: str, reason: str, *, now: int) -> Event:
     """What the other endpoints of a tenant may hear when Relay gives one up."""
     data = {"endpoint_id": endpoint_id, "url": url, "reason": reason, "disabled_at": rfc3339(now)}

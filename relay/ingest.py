@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 from relay.batch import Batch
@@ -11,10 +11,12 @@ from relay.errors import Refused
 from relay.event import ENDINGS, UNKNOWN_STATUS, Event, account_failing, account_recovered, news
 from relay.generation import Generation
 from relay.health import Health, Status
+from relay.metrics import Metrics
 from relay.providers import Account
 from relay.schedule import Report
 from relay.store import Store
 from relay.store.events import Change, Handoff, Publication
+from relay.tracing import Tracing
 
 log = logging.getLogger(__name__)
 # Another relay may have recorded the end that is waited for; seconds.
@@ -22,7 +24,8 @@ LOOK_AGAIN = 1.0
 
 
 class Ingest:
-    """Records reports. `handoff` says how many fresh deliveries may be handed over, `accept` takes them.
+    """Records reports. `handoff` says how many fresh deliveries may be handed over, `accept` takes them;
+    `stored` is told whose events were stored.
     Progress is announced every `progress_interval` milliseconds at most."""
 
     def __init__(
@@ -31,13 +34,19 @@ class Ingest:
         *,
         handoff: Callable[[], Handoff],
         accept: Callable[[Sequence[Claimed], Handoff], None],
+        stored: Callable[[Collection[str]], None],
         progress_interval: int,
+        metrics: Metrics,
+        tracing: Tracing | None,
         now: Callable[[], int],
     ) -> None:
         self._store, self._handoff, self._accept, self._now = store, handoff, accept, now
-        self._progress_interval = progress_interval
-        self._batch: Batch[Report, Generation | None] = Batch(self._write)
-        self._published: Batch[Publication, Sequence[Event] | Refused] = Batch(self._publish)
+        self._stored, self._tracing = stored, tracing
+        self._progress_interval, self._metrics = progress_interval, metrics
+        self._batch: Batch[Report, Generation | None] = Batch(self._write, observed=metrics.written("record"))
+        self._published: Batch[Publication, Sequence[Event] | Refused] = Batch(
+            self._publish, observed=metrics.written("publish")
+        )
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self._stopping = False
 
@@ -51,12 +60,15 @@ class Ingest:
         result = await self._published(publication)
         if isinstance(result, Refused):
             raise result
+        self._trace(result)
         return result
 
     async def announce(self, events: Sequence[Event]) -> None:
         """Makes events of Relay's own known to the endpoints that want them, durably, all or none."""
         handoff = self._handoff()
         self._accept(await self._store.events.announce(events, handoff, now=self._now()), handoff)
+        self._stored({event.tenant for event in events})
+        self._trace(events)
 
     async def account_changed(self, account: Account, health: Health) -> None:
         """Announces to its tenants that an account cannot be asked any more, or can again."""
@@ -114,6 +126,7 @@ class Ingest:
         handoff = self._handoff()
         results, claimed = await self._store.events.publish(publications, handoff, now=self._now())
         self._accept(claimed, handoff)
+        self._stored({one.tenant for one in publications})
         return results
 
     async def _write(self, reports: Sequence[Report]) -> Sequence[Generation | None]:
@@ -142,14 +155,35 @@ class Ingest:
         handoff = self._handoff()
         fresh, claimed = await self._store.events.record(changes, asked, handoff, now=now)
         self._accept(claimed, handoff)
+        self._stored({event.tenant for event in fresh})
         for before, after in moves:
             _log(before, after)
         for event in fresh:
+            generation = current[event.generation_id or ""]
             if event.type == UNKNOWN_STATUS:
-                _warn(current[event.generation_id or ""])
+                _warn(generation)
             if event.type in ENDINGS.values():
-                self._ring(event.generation_id or "")
+                self._metrics.ended(generation)
+                if self._tracing is not None:
+                    _trace_end(self._tracing, generation, event)
+                log.info("generation.ended", extra=_line(generation, event))
+                self._ring(generation.id)
         return [current.get(report.generation_id) for report in reports]
+
+    def _trace(self, events: Sequence[Event]) -> None:
+        """Events that are about no generation have traces of their own; of what was there before it was
+        published again nothing is new."""
+        if self._tracing is None:
+            return
+        for event in events:
+            self._tracing.note(
+                "event",
+                event.id,
+                begun=event.created_at,
+                ended=self._now(),
+                first=True,
+                attributes={"relay.event": event.id, "relay.event_type": event.type},
+            )
 
     def _news(self, before: Generation, after: Generation, now: int) -> Sequence[Event]:
         return news(before, after, now=now, progress_interval=self._progress_interval)
@@ -159,8 +193,55 @@ class Ingest:
             bell.set()
 
 
+def _trace_end(tracing: Tracing, generation: Generation, event: Event) -> None:
+    known_at = generation.known_at or generation.created_at
+    attributes: dict[str, str | int | None] = {
+        "relay.generation": generation.id,
+        "relay.provider": generation.provider,
+        "relay.account": generation.account,
+        "relay.status": generation.status.value,
+        "relay.learned_by": generation.learned_by,
+        "relay.asks": generation.asks + 1,
+        "relay.event": event.id,
+    }
+    # A late ending is told again, and the trace has its first span already.
+    tracing.note(
+        "generation",
+        generation.id,
+        begun=generation.created_at,
+        ended=known_at,
+        first=not generation.late,
+        attributes=attributes,
+    )
+
+
+def _line(generation: Generation, event: Event) -> Mapping[str, object]:
+    """The one wide line of a generation that has ended."""
+    update, known_at = generation.update, generation.known_at or 0
+    ended_at = update.completed_at if update is not None else None
+    return {
+        "generation": generation.id,
+        "event_id": event.id,
+        "provider": generation.provider,
+        "account": generation.account,
+        "job": generation.job_id,
+        "status": generation.status.value,
+        "provider_status": update.provider_status if update is not None else None,
+        "model": update.model if update is not None else None,
+        "outputs": len(update.outputs) if update is not None else 0,
+        "code": update.error.code.value if update is not None and update.error is not None else None,
+        "learned_by": generation.learned_by,
+        "late": generation.late,
+        "asks": generation.asks + 1,
+        "hints": generation.hints,
+        "watched_ms": known_at - generation.created_at,
+        "known_lag_ms": max(0, known_at - ended_at) if ended_at is not None else None,
+        "unknown_ms": known_at - generation.open_at if generation.open_at is not None else None,
+    }
+
+
 def _log(before: Generation, after: Generation) -> None:
-    if after.status is not before.status:
+    if after.status is not before.status and not after.ended:
         log.info(
             "generation.moved",
             extra={

@@ -33,7 +33,8 @@ class Scope(StrEnum):
 MEANINGS: Mapping[Scope, str] = MappingProxyType(
     {
         Scope.READ: "look at everything but secrets, values of headers, keys and the audit log",
-        Scope.WRITE: "create, change and delete endpoints and generations, publish events, test, refresh",
+        Scope.WRITE: "create, change and delete endpoints and generations, publish events and declare"
+        " their types, test, refresh",
         Scope.REPLAY: "make finished deliveries pending again",
         Scope.ADMIN: "everything, and alone: show and rotate secrets, keys, the audit log, add accounts",
     }

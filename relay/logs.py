@@ -12,14 +12,16 @@ from typing import TextIO
 
 log = logging.getLogger(__name__)
 
+# Of a field so many characters are kept, whoever's word it was.
+LONGEST_FIELD = 1000
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
-# These print URLs and headers of requests, and with them credentials, at lower levels.
-_TALKATIVE = ("httpx", "httpcore", "aiohttp", "apscheduler", "aiosqlite", "asyncpg")
+# These print URLs, headers and bodies, and with them credentials, at lower levels.
+_TALKATIVE = ("httpx", "httpcore", "aiohttp", "apscheduler", "aiosqlite", "asyncpg", "sse_starlette")
 
 
 class WideFormatter(logging.Formatter):
     """The event's name, then its fields as `key=value`, or all of it as one JSON object; the whole line has
-    gone through `clean`, tracebacks too."""
+    gone through `clean`, tracebacks too. A long field is cut."""
 
     def __init__(self, *, as_json: bool, clean: Callable[[str], str]) -> None:
         super().__init__()
@@ -30,16 +32,28 @@ class WideFormatter(logging.Formatter):
 
     def _line(self, record: logging.LogRecord) -> str:
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        fields = {
-            name: value for name, value in vars(record).items() if name not in _STANDARD and value is not None
+        fields: dict[str, object] = {
+            name: self._cut(value)
+            for name, value in vars(record).items()
+            if name not in _STANDARD and value is not None
         }
         trace = self.formatException(record.exc_info) if record.exc_info else None
         if self._as_json:
-            line = {"at": at, "level": record.levelname.lower(), "event": record.getMessage()}
+            line: dict[str, object] = {
+                "at": at,
+                "level": record.levelname.lower(),
+                "event": record.getMessage(),
+            }
             line = {**line, **{name: value for name, value in fields.items() if name not in line}}
             return json.dumps({**line, "trace": trace} if trace else line, default=str)
         tail = "".join(f" {name}={value}" for name, value in fields.items())
         return f"{at} {record.levelname:<7} {record.getMessage()}{tail}" + (f"\n{trace}" if trace else "")
+
+    def _cut(self, value: object) -> object:
+        if not isinstance(value, str) or len(value) <= LONGEST_FIELD:
+            return value
+        # Half a secret would not be known as one.
+        return self._clean(value)[:LONGEST_FIELD] + "…"
 
 
 class _Handler(logging.StreamHandler[TextIO]):

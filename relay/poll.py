@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from uuid import uuid4
 
@@ -16,12 +16,14 @@ from relay.generation import ENDINGS, OPEN, Generation, LearnedBy, Update
 from relay.health import Health, Status
 from relay.hints import pause
 from relay.ledger import BEFORE_LOSS, Ledger
+from relay.metrics import Metrics
 from relay.providers import Account
 from relay.roster import Roster
 from relay.schedule import AFTER_CALLBACK, MISSING_PAUSES, Ask, Asked, Report, first_ask, next_ask, sightings
 from relay.shard import Held, shard_of
 from relay.standing import Standing
 from relay.store import Store
+from relay.tracing import Tracing
 
 log = logging.getLogger(__name__)
 LEASE = 60_000
@@ -50,9 +52,12 @@ class Poller:
         ring: Callable[[str, int], None],
         record: Callable[[Report], Coroutine[None, None, Generation | None]],
         changed: Callable[[Account, Health], Coroutine[None, None, None]],
+        metrics: Metrics,
+        tracing: Tracing | None,
         now: Callable[[], int],
     ) -> None:
-        self._store, self._asker, self._roster = store, asker, roster
+        self._store, self._asker, self._roster, self._metrics = store, asker, roster, metrics
+        self._tracing = tracing
         self._shards, self._ring, self._record, self._now = shards, ring, record, now
         self._ledger = Ledger(
             store,
@@ -73,6 +78,10 @@ class Poller:
     def standing(self, account: Account) -> Standing:
         """How an account stands, as far as this relay knows."""
         return self._ledger.standing(account)
+
+    def held(self) -> Mapping[str, Standing]:
+        """How the accounts stand that this relay asks with."""
+        return self._ledger.held()
 
     async def resume(self) -> None:
         """Goes on where the last relay stopped: budgets, health, and what its generations have taught."""
@@ -102,12 +111,14 @@ class Poller:
             await self._over.wait()
         await self._ledger.close(names)
 
-    def first_ask(self, account: Account, *, deadline_at: int, job_known: bool, awaits_callback: bool) -> Ask:
-        """When a generation that is now being watched is asked about first."""
+    def first_ask(
+        self, account: Account, *, now: int, deadline_at: int, job_known: bool, awaits_callback: bool
+    ) -> Ask:
+        """When a generation that is being watched from `now` on is asked about first."""
         return first_ask(
             account.pace,
             self.standing(account).plan(),
-            now=self._now(),
+            now=now,
             deadline_at=deadline_at,
             job_known=job_known,
             awaits_callback=awaits_callback,
@@ -273,8 +284,10 @@ class Poller:
             standing.budget.hear(reply.status, reply.headers, self._now())
             update = self._asker.read(account, reply)
         except ProviderError as error:
+            self._metrics.asked(account.provider.name, account.name, error)
             await self._ledger.learn(account, error)
             raise
+        self._metrics.asked(account.provider.name, account.name, None)
         await self._ledger.learn(account, None)
         return update
 
@@ -294,10 +307,21 @@ class Poller:
         if account is None:
             error = ProviderError("unreachable", _gone(generation.account))
         elif job_id is not None and asks:
+            begun = self._now()
             try:
                 update = await self._look(account, job_id)
             except ProviderError as problem:
                 error = problem
+            if self._tracing is not None:
+                self._tracing.note(
+                    "ask",
+                    generation.id,
+                    begun=begun,
+                    ended=self._now(),
+                    kind="client",
+                    failed=error is not None,
+                    attributes=_told(generation, learned_by, update, error),
+                )
         if update is not None:
             missing = sightings(generation, now=self._now()) if update.is_missing else 0
             if 0 < missing <= len(MISSING_PAUSES):
@@ -406,6 +430,20 @@ class Poller:
             heard=heard,
             error=error,
         )
+
+
+def _told(
+    generation: Generation, learned_by: LearnedBy, update: Update | None, error: ProviderError | None
+) -> Mapping[str, str | None]:
+    """What a trace says of an ask."""
+    return {
+        "relay.generation": generation.id,
+        "relay.provider": generation.provider,
+        "relay.account": generation.account,
+        "relay.learned_by": learned_by.value,
+        "relay.status": update.status.value if update is not None and update.status is not None else None,
+        "error.type": error.code if error is not None else None,
+    }
 
 
 def _gone(name: str) -> str:

@@ -1,35 +1,133 @@
-"""Retention: removes what has ended and is old, a little at a time."""
+"""Retention: removes what has ended and is old, a little at a time, and gives its space back."""
 
+import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Protocol
 
 from relay.store import Store
+from relay.store.retention import Step
 
 log = logging.getLogger(__name__)
-_BATCH = 500
 _IDEMPOTENCY = 86_400_000
+# A step is made as large as the database does within so many seconds, and is followed by a rest so many times
+# as long: whoever delivers meanwhile waits for one step at most, and seldom. After so many seconds more comes
+# perhaps than goes, and rests are as long as steps.
+STEP_SECONDS, REST, HURRY_AFTER = 0.025, 3, 600
+_FEWEST, _FIRST, _MOST = 50, 100, 500
+# Of what has become free in a database's file, so much is given back in one step.
+PAGES = 128
 
 
-async def prune(store: Store, *, events: int, attempts: int, audit: int, now: int) -> int:
-    """Removes what is older than `events`, `attempts` and `audit` (milliseconds) and not on its way any more.
+class _Remove(Protocol):
+    def __call__(self, *, limit: int, after: str) -> Awaitable[Step]: ...
 
-    Idempotency keys go after a day. Returns how many rows went.
+
+class Pruner:
+    """Removes what is older than the ages it is given (milliseconds), as long as this relay `may`; tells
+    `observed` what."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        events: int,
+        attempts: int,
+        bodies: int,
+        audit: int,
+        may: Callable[[], bool],
+        observed: Callable[[str, int, float], None],
+        now: Callable[[], int],
+    ) -> None:
+        self._stopping = False
+        self._prune = partial(
+            prune,
+            store,
+            events=events,
+            attempts=attempts,
+            bodies=bodies,
+            audit=audit,
+            observed=observed,
+            looked_through={},
+            goes_on=lambda: may() and not self._stopping,
+        )
+        self._may, self._now = may, now
+        self._at_it = asyncio.Lock()
+
+    async def tick(self) -> None:
+        """Removes all that is old now; idempotent."""
+        async with self._at_it:
+            if self._may() and not self._stopping:
+                await self._prune(now=self._now())
+
+    async def stop(self) -> None:
+        """Returns when the step under way is done."""
+        self._stopping = True
+        async with self._at_it:
+            pass
+
+
+async def prune(
+    store: Store,
+    *,
+    events: int,
+    attempts: int,
+    audit: int,
+    now: int,
+    bodies: int | None = None,
+    looked_through: dict[str, str] | None = None,
+    goes_on: Callable[[], bool] = lambda: True,
+    observed: Callable[[str, int, float], None] = lambda kind, rows, seconds: None,
+) -> int:
+    """Removes what is older than `events`, `attempts` and `audit` (milliseconds) and not on its way any more;
+    of attempts older than `bodies` what was answered. Idempotency keys go after a day.
+
+    It takes its time; before every step it asks whether it `goes_on`, and after it tells what kind it removed
+    how many rows of in how many seconds. `looked_through` remembers from one call to the next where bodies
+    are left. Returns how many rows went.
     """
-    retention = store.retention
-    return (
-        await _drain(partial(retention.remove_attempts, before=now - attempts, limit=_BATCH))
-        + await _drain(partial(retention.remove_events, before=now - events, limit=_BATCH))
-        + await _drain(partial(retention.remove_generations, before=now - events, limit=_BATCH))
-        + await _drain(partial(retention.remove_audit, before=now - audit, limit=_BATCH))
-        + await _drain(partial(retention.remove_idempotency_keys, before=now - _IDEMPOTENCY, limit=_BATCH))
-    )
+    retention, total, rows, began = store.retention, 0, _FIRST, time.monotonic()
 
+    async def rest(begun: float) -> None:
+        took = time.monotonic() - begun
+        await asyncio.sleep(took * (REST if begun - began < HURRY_AFTER else 1))
 
-async def _drain(remove: Callable[[], Awaitable[int]]) -> int:
-    total = 0
-    while removed := await remove():
-        total += removed
-        if removed < _BATCH:
+    kinds: dict[str, _Remove] = {
+        "attempts": partial(retention.remove_attempts, before=now - attempts),
+        "events": partial(retention.remove_events, before=now - events),
+        "generations": partial(retention.remove_generations, before=now - events),
+        "replays": partial(retention.remove_replays, before=now - events),
+        "audit": partial(retention.remove_audit, before=now - audit),
+        "idempotency_keys": partial(retention.remove_idempotency_keys, before=now - _IDEMPOTENCY),
+    }
+    if bodies is not None and bodies < attempts:
+        kinds["bodies"] = partial(retention.forget_bodies, before=now - bodies)
+    seen = looked_through if looked_through is not None else {}
+    for kind, remove in kinds.items():
+        after: str | None = seen.get(kind, "")
+        while after is not None and goes_on():
+            begun = time.monotonic()
+            step = await remove(limit=rows, after=after)
+            took = time.monotonic() - begun
+            observed(kind, step.removed, took)
+            total, after, rows = total + step.removed, step.after, _next_rows(rows, took)
+            if after is not None and kind == "bodies":
+                seen[kind] = after
+            await rest(begun)
+    while goes_on():
+        begun = time.monotonic()
+        if not await store.database.shrink(PAGES):
             break
+        await rest(begun)
+    if total:
+        log.info("retention.removed", extra={"rows": total, "seconds": round(time.monotonic() - began)})
     return total
+
+
+def _next_rows(rows: int, took: float) -> int:
+    """How many rows the next step looks at, by how many seconds the last one took."""
+    if took > STEP_SECONDS:
+        return max(_FEWEST, rows // 2)
+    return min(_MOST, rows * 2) if took < STEP_SECONDS / 2 else rows

@@ -5,20 +5,25 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Self
 from urllib.parse import quote
 
 import httpx
 import typer
+from rich import progress as bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
+
+from relay.times import parse_duration, rfc3339
 
 # Ids must come out whole where a program or a pipe reads them.
 out, err = Console(width=None if sys.stdout.isatty() else 240), Console(stderr=True)
 generations = typer.Typer(no_args_is_help=True)
 endpoints = typer.Typer(no_args_is_help=True)
 deliveries = typer.Typer(no_args_is_help=True)
+replays = typer.Typer(no_args_is_help=True)
 accounts = typer.Typer(no_args_is_help=True)
 
 Url = Annotated[str, typer.Option("--url", envvar="RELAY_URL", help="The relay to talk to.")]
@@ -29,11 +34,42 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 Limit = Annotated[int, typer.Option(help="How many at most.", min=1, max=200)]
 Filter = Annotated[str | None, typer.Option()]
 HERE = "http://127.0.0.1:8080"
+_LOOK_AGAIN = 0.3
+# Seconds that one request waits for an end, and that a relay which does not answer is waited for.
+WAIT, PATIENCE = 30.0, 60.0
 COLORS = {
     **dict.fromkeys(("completed", "delivered", "enabled", "ok"), "green"),
     **dict.fromkeys(("failed", "timed_out", "disabled", "failing", "unauthorized"), "red"),
-    **dict.fromkeys(("queued", "pending", "sending", "processing"), "yellow"),
+    **dict.fromkeys(("queued", "pending", "sending", "processing", "running"), "yellow"),
 }
+
+
+class Refused(Exception):
+    """What a relay did not do, and why; `status` is None where it did not answer at all."""
+
+    def __init__(self, said: str, status: int | None = None) -> None:
+        super().__init__(said)
+        self.status = status
+
+    @classmethod
+    def of(cls, answer: httpx.Response) -> Self:
+        try:
+            problem = answer.json()
+            details = [f"{one['field']}: {one['message']}" for one in problem.get("errors", [])]
+            said = "\n".join(details or [str(problem["detail"])])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            said = f"answered {answer.status_code}; is this a relay?"
+        return cls(said, answer.status_code)
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same may be taken a moment later: by a relay that was just starting, say."""
+        return self.status is None or self.status in (429, 502, 503, 504)
+
+    def shown(self) -> typer.Exit:
+        """The end of the command, after it was said why."""
+        err.print(f"[red]{escape(str(self))}[/]", highlight=False, soft_wrap=True)
+        return typer.Exit(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +82,23 @@ class Remote:
     def call(
         self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None
     ) -> Any:
-        answer = self.ask(method, path, query=query, body=body)
+        """The JSON of the answer."""
+        try:
+            return self.ask(method, path, query=query, body=body)
+        except Refused as error:
+            raise error.shown() from error
+
+    def ask(self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None) -> Any:
+        """The same. Raises Refused, for who has something better to do than to end."""
+        answer = self.send(method, path, query=query, body=body)
         if answer.is_success:
             return answer.json() if answer.content else {}
-        try:
-            problem = answer.json()
-            details = [f"{one['field']}: {one['message']}" for one in problem.get("errors", [])]
-            said = "\n".join(details or [str(problem["detail"])])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            said = f"answered {answer.status_code}; is this a relay?"
-        _fail(said)
+        raise Refused.of(answer)
 
-    def ask(
+    def send(
         self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None
     ) -> httpx.Response:
-        """The answer, also when it is a refusal."""
+        """The answer, also when it refuses. Raises Refused when there is none."""
         given = {name: value for name, value in (query or {}).items() if value is not None}
         headers = {"authorization": f"Bearer {self.key}"}
         try:
@@ -75,7 +113,7 @@ class Remote:
                 trust_env=False,
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            _fail(f"{self.url} cannot be reached: {error}")
+            raise Refused(f"{self.url} cannot be reached: {error}") from error
 
 
 def track(
@@ -100,8 +138,7 @@ def track(
     if wait:
         if not as_json:
             out.print(f"watching {generation['id']} …", highlight=False)
-        while generation["completed_at"] is None:
-            generation = remote.call("GET", f"/v1/generations/{generation['id']}/wait", query={"timeout": 30})
+        generation = _waited(remote, generation, until=None)
     _show(generation, as_json)
     if wait and generation["status"] != "completed":
         raise typer.Exit(1)
@@ -140,6 +177,27 @@ def show_generation(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJso
     _show(Remote(url, api_key).call("GET", f"/v1/generations/{id_}"), as_json)
 
 
+@generations.command("wait")
+def wait_for_generations(
+    ids: Annotated[list[str], typer.Argument(help="One or several.")],
+    timeout: Annotated[float | None, typer.Option(help="Seconds; for ever without it.", min=0)] = None,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """Return when all of them have ended; 1 unless all were completed, in time."""
+    remote = Remote(url, api_key)
+    until = None if timeout is None else time.monotonic() + timeout
+    # All are there before any is waited for.
+    found = [remote.call("GET", f"/v1/generations/{quote(id_, safe='')}") for id_ in ids]
+    found = [_waited(remote, one, until=until) for one in found]
+    _table(
+        {"data": found, "next_cursor": None}, ("id", "account", "job_id", "status", "duration_ms"), as_json
+    )
+    if any(one["status"] != "completed" for one in found):
+        raise typer.Exit(1)
+
+
 @generations.command("refresh")
 def refresh_generation(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Ask the provider now."""
@@ -152,6 +210,9 @@ def add_endpoint(
     description: Annotated[str | None, typer.Option()] = None,
     event_type: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
     account: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    filter_: Annotated[
+        str | None, typer.Option("--filter", help="A JMESPath expression over the body.")
+    ] = None,
     url: Url = HERE,
     api_key: Key = "",
     as_json: AsJson = False,
@@ -162,6 +223,7 @@ def add_endpoint(
         "description": description,
         "event_types": event_type or None,
         "accounts": account or None,
+        "filter": filter_,
     }
     _show(Remote(url, api_key).call("POST", "/v1/endpoints", body=body), as_json)
 
@@ -276,6 +338,77 @@ def replay_delivery(
         raise typer.Exit(1)
 
 
+def replay(
+    since: Annotated[
+        str | None, typer.Option(help="2026-03-16T14:30:00Z, or 24h ago; needed without --generation.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="The same; default: now.")] = None,
+    endpoint_id: Annotated[str | None, typer.Option("--endpoint", help="Default: all of them.")] = None,
+    generation_id: Annotated[str | None, typer.Option("--generation")] = None,
+    account: Filter = None,
+    event_type: Filter = None,
+    status: Annotated[
+        str, typer.Option(help="failed, missing (wanted, but never sent there) or all.")
+    ] = "failed",
+    rate_limit: Annotated[float | None, typer.Option(help="How many a second, for each endpoint.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    wait: Annotated[bool, typer.Option(help="Return when it has ended; 1 unless completed.")] = True,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """Replay many deliveries: what failed, what is missing, or all."""
+    body = {
+        "since": _instant(since, "--since"),
+        "until": _instant(until, "--until"),
+        "endpoint_id": endpoint_id,
+        "generation_id": generation_id,
+        "account": account,
+        "event_type": event_type,
+        "status": status,
+        "rate_limit": rate_limit,
+        "dry_run": dry_run,
+    }
+    remote = Remote(url, api_key)
+    given = {name: value for name, value in body.items() if value is not None}
+    made = remote.call("POST", "/v1/replays", body=given)
+    if dry_run:
+        _show(made, as_json)
+        return
+    if wait:
+        made = _followed(remote, made, quietly=as_json)
+    _show(made, as_json)
+    if wait and made["status"] != "completed":
+        raise typer.Exit(1)
+
+
+@replays.command("list")
+def list_replays(
+    status: Filter = None,
+    endpoint_id: Annotated[str | None, typer.Option("--endpoint")] = None,
+    limit: Limit = 50,
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """List replays, the newest first."""
+    query = {"status": status, "endpoint_id": endpoint_id, "limit": limit}
+    page = Remote(url, api_key).call("GET", "/v1/replays", query=query)
+    _table(page, ("id", "deliveries", "endpoint_id", "status", "done", "total", "created_at"), as_json)
+
+
+@replays.command("show")
+def show_replay(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Show how far a replay has come."""
+    _show(Remote(url, api_key).call("GET", f"/v1/replays/{id_}"), as_json)
+
+
+@replays.command("cancel")
+def cancel_replay(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+    """Cancel a replay; what it has made pending goes on."""
+    _show(Remote(url, api_key).call("DELETE", f"/v1/replays/{id_}") or {"canceled": id_}, as_json)
+
+
 @accounts.command("add")
 def add_account(
     name: str,
@@ -329,6 +462,30 @@ def delete_account(name: str, url: Url = HERE, api_key: Key = "", as_json: AsJso
     _show(Remote(url, api_key).call("DELETE", path) or {"deleted": name}, as_json)
 
 
+def _waited(remote: Remote, generation: Any, *, until: float | None) -> Any:
+    """The generation once it has ended, or as it is at that time (`time.monotonic`); a relay that is being
+    replaced is waited for, too."""
+    patience = time.monotonic() + PATIENCE
+    while generation["completed_at"] is None:
+        left = WAIT if until is None else min(WAIT, until - time.monotonic())
+        if left < 0:
+            break
+        try:
+            path = f"/v1/generations/{generation['id']}/wait"
+            asked_at = time.monotonic()
+            generation = remote.ask("GET", path, query={"timeout": left})
+            patience = time.monotonic() + PATIENCE
+            # One that is about to stop answers at once.
+            is_early = time.monotonic() - asked_at < min(1.0, left)
+        except Refused as error:
+            if not error.may_pass or time.monotonic() > patience:
+                raise error.shown() from error
+            is_early = True
+        if is_early and generation["completed_at"] is None:
+            time.sleep(0.5)
+    return generation
+
+
 def _ended(remote: Remote, delivery_id: str, *, after: int = 0) -> Any:
     """The delivery once it was attempted more than `after` times, or is finished without."""
     while True:
@@ -336,6 +493,46 @@ def _ended(remote: Remote, delivery_id: str, *, after: int = 0) -> Any:
         if delivery["attempt_count"] > after or delivery["status"] in ("failed", "canceled"):
             return delivery
         time.sleep(0.2)
+
+
+def _followed(remote: Remote, replay: Mapping[str, Any], *, quietly: bool) -> Any:
+    """The replay once it has ended. It goes on without whoever looks at it."""
+    columns = (
+        *(bar.TextColumn("{task.description}"), bar.BarColumn(), bar.MofNCompleteColumn()),
+        *(_Rate(), bar.TimeRemainingColumn()),
+    )
+    bars = bar.Progress(*columns, console=err, disable=quietly or not err.is_terminal)
+    task = bars.add_task(replay["id"], total=replay["total"])
+    try:
+        with bars:
+            while replay["ended_at"] is None:
+                time.sleep(_LOOK_AGAIN)
+                replay = remote.call("GET", f"/v1/replays/{replay['id']}")
+                # What has failed meanwhile is among it too.
+                total = max(replay["total"], replay["done"])
+                bars.update(task, completed=replay["done"], total=total)
+    except KeyboardInterrupt:
+        err.print(f"It goes on: relay replays cancel {replay['id']}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    return replay
+
+
+class _Rate(bar.ProgressColumn):
+    def render(self, task: bar.Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:,.0f}/s")
+
+
+def _instant(text: str | None, option: str) -> str | None:
+    """A time as the API takes it, of one or of how long ago it was."""
+    try:
+        return text and rfc3339(time.time_ns() // 1_000_000 - parse_duration(text))
+    except ValueError:
+        if text is not None and text[:4].isdigit() and "-" in text:
+            return text
+        raise typer.BadParameter(
+            f"{text!r} is neither a time (2026-03-16T14:30:00Z) nor how long ago (30m, 24h, 7d)",
+            param_hint=option,
+        ) from None
 
 
 def _show(resource: Mapping[str, Any], as_json: bool) -> None:
@@ -371,8 +568,3 @@ def _cell(value: Any) -> str:
         return escape(json.dumps(value, ensure_ascii=False))
     text = escape(str(value))
     return f"[{COLORS[value]}]{text}[/]" if isinstance(value, str) and value in COLORS else text
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(f"[red]{escape(message)}[/]", highlight=False, soft_wrap=True)
-    raise typer.Exit(1)

@@ -227,6 +227,7 @@ SCOPES = {
         *("GET /v1/endpoints", "GET /v1/endpoints/{id}", "GET /v1/generations", "GET /v1/generations/{id}"),
         *("GET /v1/generations/{id}/wait", "GET /v1/events", "GET /v1/events/{id}", "GET /v1/deliveries"),
         *("GET /v1/deliveries/{id}", "GET /v1/accounts", "GET /v1/accounts/{name}"),
+        *("GET /v1/replays", "GET /v1/replays/{id}"),
     ],
     "write": [
         *("POST /v1/endpoints", "PATCH /v1/endpoints/{id}", "DELETE /v1/endpoints/{id}"),
@@ -234,7 +235,7 @@ SCOPES = {
         *("POST /v1/endpoints/{id}/test", "POST /v1/generations", "PATCH /v1/generations/{id}"),
         *("DELETE /v1/generations/{id}", "POST /v1/generations/{id}/refresh", "POST /v1/events"),
     ],
-    "replay": ["POST /v1/deliveries/{id}/replay"],
+    "replay": ["POST /v1/deliveries/{id}/replay", "POST /v1/replays", "DELETE /v1/replays/{id}"],
     "admin": [
         *("GET /v1/endpoints/{id}/secret", "POST /v1/endpoints/{id}/secret/rotate", "GET /v1/signing-secret"),
         *("POST /v1/keys", "GET /v1/keys", "GET /v1/keys/{id}", "DELETE /v1/keys/{id}", "GET /v1/audit"),

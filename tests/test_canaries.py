@@ -313,11 +313,18 @@ class Day:
         }
         for one in accounts.values():
             one["poll_interval"] = "200ms"
-        self.admin = self.new("the admin key")
+        self.admin, self.metrics_token = self.new("the admin key"), self.new("the token of the metrics")
         return {
             "log_level": "debug",
             "secret_key": self.new("the secret key"),
             "admin_key": self.admin,
+            "metrics": {"token": self.metrics_token},
+            # One that takes nothing.
+            "tracing": {
+                "endpoint": provided.replace("://", f"://relay:{self.new('the password of the collector')}@")
+                + "/v1/traces",
+                "headers": {"authorization": f"Bearer {self.new('the key of the collector')}"},
+            },
             "accounts": accounts,
             "delivery": {"timeout": "1s", "schedule": ["100ms", "200ms"]},
         }
@@ -502,6 +509,9 @@ class Day:
             for path in ("/openapi.json", "/docs", "/readyz", "/healthz", "/", "/v1/endpoints", "/hooks"):
                 answer = await stranger.get(path)
                 self.run.documents[path] = answer.text + str(answer.headers)
+        answer = await self.api.get("/metrics", headers={"authorization": f"Bearer {self.metrics_token}"})
+        assert "relay_attempts_total{" in answer.text
+        self.run.documents["/metrics"] = answer.text + str(answer.headers)
         for name in ("endpoints", "generations", "events", "deliveries", "accounts"):
             for one in await everything(self.api, f"/v1/{name}"):
                 if name == "accounts":

@@ -243,6 +243,19 @@ async def test_the_main_job_on_the_command_line(world: World) -> None:
         world.subscriber.answer(200, path="/gone")
         replayed = await ask("deliveries", "replay", delivery["id"], "--wait")
         assert [one["trigger"] for one in replayed["attempts"]] == ["scheduled", "replay"]
+        everything = ("replay", "--since", "1h", "--status", "all", "--rate-limit", "100")
+        # Two at one, one at the other, and what that missed while it was disabled.
+        assert (await ask(*everything, "--dry-run"))["total"] == 4
+        again = await ask(*everything)
+        assert (again["status"], again["total"], again["done"]) == ("completed", 4, 4)
+        nothing = await relay(
+            "replay", "--since", "2000-01-01", "--until", "1h", cwd=world.directory, **remote
+        )
+        assert (nothing.code, "completed" in nothing.out) == (0, True), nothing.err
+        over = await relay("replays", "cancel", again["id"], cwd=world.directory, **remote)
+        assert (over.code, "it is completed" in over.err) == (1, True)
+        wrong = await relay("replay", "--since", "yesterday", cwd=world.directory, **remote)
+        assert (wrong.code, "how long ago" in wrong.err) == (2, True)
         assert (await relay("endpoints", "list", cwd=world.directory, **remote)).out.count("ep_") == 2
         name, url = "mine", Simulator.base_urls(world.simulator_origin)["luma"]
         add = ("accounts", "add", name, "--provider", "luma", "--base-url", url)

@@ -38,11 +38,13 @@ FULL: Mapping[str, Mapping[str, Any]] = {
     "generations": {"status": "timed_out", "due_at": 5},
     "deliveries": {"status": "sending", "due_at": 5, "endpoint_id": None, "event_id": f"events {ODD}"},
     "attempts": {"delivery_id": f"deliveries {ODD}"},
+    "replays": {"status": "failed"},
 }
 BARELY: Mapping[str, Mapping[str, Any]] = {
     "generations": {"status": "failed", "known_at": 1},
     "deliveries": {"status": "failed", "endpoint_id": "ep_1", "event_id": f"events {ODD}"},
     "attempts": {"delivery_id": f"deliveries {ODD}", "number": 1},
+    "replays": {"status": "pending"},
 }
 
 

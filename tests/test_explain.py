@@ -15,6 +15,7 @@ from typing import Any, Self
 import pytest
 
 from relay.ids import new_id
+from relay.selection import Selection, Wanted
 from relay.store import Store, open_database, store_on
 from relay.store.database import Database, Transaction, expand
 from relay.store.events import Publication
@@ -315,6 +316,18 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
             indexes={"deliveries_due"},
         ),
     ),
+    "what is open": (
+        lambda store: store.deliveries.backlog(now=NOW, most=1000),
+        Expected(
+            {
+                "SCAN deliveries",  # of the index, up to so many
+                "SEARCH d (destination>?)",
+                "SEARCH d (destination=? AND due_at>?)",
+            },
+            rows=1000,
+            indexes={"deliveries_due"},
+        ),
+    ),
     "claim generations": (
         lambda store: store.generations.claim({"account-1": 50, "account-2": 9, "none": 9}, **CLAIM),
         Expected(
@@ -390,7 +403,14 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
     "prune attempts": (
         lambda store: store.retention.remove_attempts(**REMOVE),
         Expected(
-            {"SEARCH a (id<?)"},
+            {"SEARCH attempts (id>? AND id<?)"},
+            rows=1000,
+        ),
+    ),
+    "prune bodies": (
+        lambda store: store.retention.forget_bodies(**REMOVE),
+        Expected(
+            {"SEARCH attempts (id>? AND id<?)"},
             rows=1000,
         ),
     ),
@@ -398,7 +418,7 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
         lambda store: store.retention.remove_events(**REMOVE),
         Expected(
             {
-                "SEARCH events (id<?)",
+                "SEARCH events (id>? AND id<?)",
                 "SEARCH d (event_id=?)",
                 "SEARCH deliveries (event_id=?)",
                 "SEARCH attempts (delivery_id=?)",
@@ -409,9 +429,17 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
     "prune generations": (
         lambda store: store.retention.remove_generations(**REMOVE),
         Expected(
-            {"SEARCH generations (id<?)", "SEARCH events (generation_id=?)"},
+            {"SEARCH generations (id>? AND id<?)", "SEARCH events (generation_id=?)"},
             rows=1000,
         ),
+    ),
+    "what is new to a stream": (
+        lambda store: store.events.ids(TENANT, after=row("evt", COUNT // 2), limit=100),
+        Expected({"SEARCH events (id>?)"}, rows=2 * 101),
+    ),
+    "what a stream has missed": (
+        lambda store: store.events.between(TENANT, row("evt", OLD), row("evt", COUNT), limit=100),
+        Expected({"SEARCH events (id>? AND id<?)"}, rows=2 * 101),
     ),
     "who is asking": (
         lambda store: store.keys.find(row("key", 1)),
@@ -428,7 +456,7 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
     "prune the audit log": (
         lambda store: store.retention.remove_audit(**REMOVE),
         Expected(
-            {"SEARCH audit (id<?)"},
+            {"SEARCH audit (id>? AND id<?)"},
             rows=1000,
         ),
     ),
@@ -444,6 +472,48 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
         ),
     ),
 }
+
+
+# Of what a replay is, in the middle of it.
+STRETCH = 500
+FINISHED, OF_ONE = row("dlv", COUNT // 20), row("gen", COUNT // 3)
+LOOKS: Mapping[str, tuple[dict[str, Any], str, Expected]] = {
+    "what failed": (
+        {"wanted": Wanted.FAILED},
+        FINISHED,
+        Expected({"SEARCH d (id>? AND id<?)"}, rows=2 * STRETCH, indexes={"deliveries_failed"}),
+    ),
+    "what is finished": (
+        {"wanted": Wanted.ALL},
+        FINISHED,
+        Expected({"SEARCH d (id>? AND id<?)"}, rows=2 * STRETCH),
+    ),
+    "what failed of a generation": (
+        {"wanted": Wanted.FAILED, "generation_id": OF_ONE},
+        row("dlv", 1),
+        Expected({"SEARCH e (generation_id=?)", "SEARCH d (event_id=?)"}, rows=9, sorts=True),
+    ),
+    "what is missing": (
+        {"wanted": Wanted.MISSING},
+        row("evt", COUNT // 20),
+        Expected({"SEARCH e (id>? AND id<?)", "SEARCH deliveries (event_id=?)"}, rows=2 * STRETCH),
+    ),
+    "what is missing of a generation": (
+        {"wanted": Wanted.MISSING, "generation_id": OF_ONE},
+        row("evt", 1),
+        Expected({"SEARCH e (generation_id=?)", "SEARCH deliveries (event_id=?)"}, rows=9, sorts=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+async def test_a_replay_looks_at_no_more_rows_than_it_is_told_to(explaining: Explaining, name: str):
+    given, position, expected = LOOKS[name]
+    for endpoint_id in (None, "ep_1"):
+        once = explaining.anew()
+        selection = Selection(TENANT, until=NOW, endpoint_id=endpoint_id, **given)
+        await store_on(once, KEYRING).replays.look(selection, position, limit=STRETCH, until=NOW)
+        assert once.complaints(expected) == [], endpoint_id
 
 
 @pytest.mark.parametrize("query", QUERIES)

@@ -350,7 +350,7 @@ async def test_one_relay_at_a_time_removes_what_is_old(fleet: Fleet, monkeypatch
         pruned.append(store)
         return 0
 
-    monkeypatch.setattr("relay.app.prune", noted)
+    monkeypatch.setattr("relay.prune.prune", noted)
     monkeypatch.setattr("relay.app.PRUNE_TICK", 0.1)
 
     async def who() -> int:

@@ -14,7 +14,7 @@ from relay.app import build
 from relay.config import read_config
 from tests.conftest import RunningRelay, World
 
-JSON, PROBLEM = "application/json", "application/problem+json"
+JSON, PROBLEM, STREAM = "application/json", "application/problem+json", "text/event-stream"
 ENDINGS = {"generation.completed", "generation.failed", "generation.canceled", "generation.timed_out"}
 
 
@@ -64,8 +64,9 @@ async def test_the_document_is_valid_and_names_every_route(world: World) -> None
         for method in (route.methods or ()) - {"HEAD"}
     }
     described = {(method, path) for method, path, _ in operations(document)}
-    # The document and the page that is made of it are all that it need not describe.
-    assert served - described <= {("GET", "/openapi.json"), ("GET", "/docs")}
+    # The document, the page that is made of it, and what is for Prometheus (docs/watching.md) are all that it
+    # need not describe.
+    assert served - described <= {("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/metrics")}
     assert described <= served
 
 
@@ -137,6 +138,9 @@ class Walk:
             assert content == {}, where
             return None
         media_type = answer.headers["content-type"]
+        if media_type.startswith(STREAM):
+            assert content == {STREAM: {"schema": {"type": "string"}}}, where
+            return None
         assert media_type == (JSON if answer.is_success else PROBLEM), where
         assert complaints(self._document, content[media_type]["schema"], answer.json()) == [], where
         return answer.json()
@@ -166,16 +170,45 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     await relay.eventually(f"/v1/deliveries/{delivery}", lambda one: one["status"] == "delivered")
     event = (await walk("GET", "/v1/deliveries/{id}", delivery))["event_id"]
     await walk("POST", "/v1/deliveries/{id}/replay", delivery)
+    replay = {"endpoint_id": endpoint, "since": "2026-01-01T00:00:00Z", "event_type": "endpoint.test"}
+    await walk("POST", "/v1/replays", json=replay | {"status": "all", "dry_run": True})
+    replay |= {"status": "missing"}
+    made = await walk("POST", "/v1/replays", json=replay, headers={"idempotency-key": "of a replay"})
+    await walk("POST", "/v1/replays", json={"status": "missing"})
+    await relay.eventually(f"/v1/replays/{made['id']}", lambda one: one["status"] == "completed")
+    await walk("GET", "/v1/replays/{id}", made["id"])
+    await walk("DELETE", "/v1/replays/{id}", made["id"])  # it has ended
+    slowly = replay | {"status": "all", "rate_limit": 0.01}
+    await walk("POST", "/v1/endpoints/{id}/test", endpoint)
+    await relay.eventually(
+        "/v1/deliveries?status=delivered&event_type=endpoint.test", lambda page: page["data"][1:]
+    )
+    made = await walk("POST", "/v1/replays", json=slowly)
+    await walk("POST", "/v1/replays", json=slowly)
+    await walk("DELETE", "/v1/replays/{id}", made["id"])
+    await walk("DELETE", "/v1/replays/{id}", "rpl_unknown")
     await walk("GET", "/v1/events/{id}", event)
     await walk("POST", "/v1/events", json={"type": "order.shipped", "data": {"order": 42}})
     await walk("POST", "/v1/events", json={"type": "order.shipped", "data": 42})
+    await walk("GET", "/v1/events/stream", params={"timeout": 0})
+    await walk("GET", "/v1/events/stream", params={"endpoint_id": "ep_x"})
+    await walk("GET", "/v1/events/stream", params={"last_event_id": "x"})
+    declared, url = "/v1/event-types/{type}", "/v1/event-types/order.shipped"
+    for schema in ({"required": ["order"]}, {"required": ["order"]}, {"type": "thing"}):
+        await walk("PUT", declared, url=url, json={"schema": schema})
+    await walk("POST", "/v1/events", json={"type": "order.shipped", "data": {}})
+    await walk("GET", declared, url=url)
+    assert (await walk("GET", "/v1/event-types"))["data"]
+    for _ in range(2):
+        await walk("DELETE", declared, url=url)
+    await walk("GET", declared, url=url)
     asked = {"json": {"scopes": ["read"], "rate_limit": 0.001}, "headers": {"idempotency-key": "of a key"}}
     made, again = await walk("POST", "/v1/keys", **asked), await walk("POST", "/v1/keys", **asked)
     assert again == made | {"key": None}
     reader = {"headers": {"authorization": f"Bearer {made['key']}"}}
     for path in ("/v1/signing-secret", "/v1/signing-secret"):  # forbidden, then too often
         await walk("GET", path, **reader)
-    for path in ("endpoints", "generations", "events", "deliveries", "accounts", "keys", "audit"):
+    for path in ("endpoints", "generations", "events", "deliveries", "replays", "accounts", "keys", "audit"):
         assert (await walk("GET", f"/v1/{path}"))["data"], path
         await walk("GET", f"/v1/{path}", params={"limit": "x"})
     await walk("POST", "/v1/generations/{id}/refresh", generation)

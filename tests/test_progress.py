@@ -18,6 +18,7 @@ from relay import event
 from relay.delivery import Claimed
 from relay.generation import ENDINGS, Generation, LearnedBy, Output, Status, Update
 from relay.ingest import Ingest
+from relay.metrics import Metrics
 from relay.schedule import Report
 from relay.store import Store
 from relay.store.events import Change
@@ -286,6 +287,8 @@ def ingest_of(store: Store, now: Time, accepted: list[Claimed] | None = None, *,
         handoff=lambda: taking(room, now=now()),
         accept=lambda claimed, handoff: taken.extend(claimed),
         progress_interval=INTERVAL,
+        metrics=Metrics(),
+        tracing=None,
         now=now,
     )
 

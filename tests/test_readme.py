@@ -26,6 +26,8 @@ def test_the_example_configuration_loads_and_shows_every_key():
         "delivery": config.DeliverySettings,
         "network": config.NetworkSettings,
         "retention": config.RetentionSettings,
+        "metrics": config.MetricsSettings,
+        "tracing": config.TracingSettings,
     }
     for name, model in sections.items():
         assert set(document[name]) == set(model.model_fields)

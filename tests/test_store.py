@@ -1232,7 +1232,7 @@ async def test_a_key_remembers_what_it_was_answered_in_its_order_and_what_was_th
 async def test_a_key_whose_events_are_gone_is_refused(store: Store):
     key = Idempotency("k", "hash")
     await published(store, an_event(), key=key)
-    assert await store.retention.remove_events(before=NOW + DAY, limit=9) == 1
+    assert (await store.retention.remove_events(before=NOW + DAY, limit=9)).removed == 1
     [refusal], _ = await store.events.publish(
         [Publication(TENANT, [an_event()], key)], NOTHING_HANDED_OVER, now=NOW
     )

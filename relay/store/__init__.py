@@ -7,8 +7,8 @@ not begin with WITH.
 
 The rules that keep it right when several relays write at once: a statement sees what is committed when it
 begins, so a condition stands in the statement that writes, not in one before it; rows are locked in the
-order of their ids, kinds in this one: keys, generations, endpoints, events, deliveries, attempts. What meets
-another transaction all the same raises Collision, and is `repeated`.
+order of their ids, kinds in this one: keys, tenants, replays, generations, endpoints, events, deliveries,
+attempts. What meets another transaction all the same raises Collision, and is `repeated`.
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,13 @@ from relay.store.endpoints import Endpoints
 from relay.store.events import Events
 from relay.store.generations import Generations
 from relay.store.keys import Keys
+from relay.store.replays import Replays
 from relay.store.retention import Retention
 from relay.store.sealed import Sealed
 from relay.store.shards import Shards
 from relay.store.sqlite import SQLite
 from relay.store.tenants import Tenants
+from relay.store.types import Types
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,13 @@ class Store:
     events: Events
     deliveries: Deliveries
     tenants: Tenants
+    types: Types
     keys: Keys
     audit: Audit
     accounts: Accounts
     credentials: Credentials
     shards: Shards
+    replays: Replays
     retention: Retention
     sealed: Sealed
 
@@ -82,11 +86,13 @@ def store_on(database: Database, keyring: KeyRing) -> Store:
         events=Events(database, keyring),
         deliveries=Deliveries(database, keyring),
         tenants=Tenants(database, keyring),
+        types=Types(database),
         keys=Keys(database),
         audit=Audit(database),
         accounts=Accounts(database),
         credentials=Credentials(database, keyring),
         shards=Shards(database),
+        replays=Replays(database, keyring),
         retention=Retention(database),
         sealed=Sealed(database, keyring),
     )

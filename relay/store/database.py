@@ -60,6 +60,17 @@ class Database(Protocol):
         """Bytes that are left for it to grow into; None where that cannot be seen from here. Raises
         StoreError."""
 
+    async def sizes(self) -> Mapping[str, int]:
+        """Bytes: `main` of the database, and where it has such, `wal` of what is written beside it and `free`
+        of what is unused in it."""
+
+    async def shrink(self, pages: int) -> bool:
+        """Gives up to so many unused pages back to the file system, those that are too many to keep for what
+        comes next; whether there may be more."""
+
+    async def tidy(self) -> None:
+        """Keeps what is written beside the database from growing without end; to be called now and then."""
+
     async def close(self) -> None: ...
 
 

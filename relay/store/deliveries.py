@@ -56,6 +56,15 @@ class Attempt:
     error_message: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """How many deliveries are due, how many have not ended at all, and when the first was due."""
+
+    due: int
+    open: int
+    oldest_due_at: int | None
+
+
 class Deliveries:
     """Every statement about deliveries; each method is one transaction."""
 
@@ -68,6 +77,13 @@ class Deliveries:
         async with self._db.read() as tx:
             rows = await tx.fetch(_DESTINATIONS, now=now, after=after, limit=limit)
         return [(row["destination"], bool(row["is_due"])) for row in rows]
+
+    async def backlog(self, *, now: int, most: int) -> Backlog:
+        """What is open, counted up to `most`."""
+        async with self._db.read(browse=True) as tx:
+            [counted] = await tx.fetch(_COUNTED, now=now, most=most)
+            [found] = await tx.fetch(_OLDEST, destinations=most)
+        return Backlog(counted["due"] or 0, counted["open"], found["oldest"])
 
     async def claim(
         self, wanted: Mapping[str, int], *, now: int, lease: str, lease_until: int, most_bytes: int = 2**62
@@ -211,7 +227,13 @@ class Deliveries:
         """
         async with self._db.write() as tx:
             replayed = await tx.execute(
-                _REPLAY, id=delivery_id, tenant=tenant, now=now, over=now - LONGEST_ATTEMPT
+                REPLAY,
+                id=delivery_id,
+                tenant=tenant,
+                delivered=1,
+                replay_id=None,
+                now=now,
+                over=now - LONGEST_ATTEMPT,
             )
             rows = await tx.fetch(_REPLAYED, id=delivery_id, tenant=tenant)
             await note(tx, entry if replayed else None)
@@ -240,6 +262,29 @@ _DESTINATIONS = """
         SELECT 1 FROM deliveries d WHERE d.destination = lanes.destination AND d.due_at <= :now
     ) AS is_due
     FROM lanes WHERE destination IS NOT NULL LIMIT :limit
+"""
+_COUNTED = """
+    SELECT COUNT(*) AS open, SUM(CASE WHEN due_at <= :now THEN 1 ELSE 0 END) AS due FROM (
+        SELECT due_at FROM deliveries WHERE due_at IS NOT NULL ORDER BY destination, due_at LIMIT :most
+    ) AS counted
+"""
+_OLDEST = """
+    WITH RECURSIVE lanes(destination) AS (
+        SELECT (SELECT destination FROM deliveries WHERE due_at IS NOT NULL ORDER BY destination LIMIT 1)
+        UNION ALL
+        SELECT (
+            SELECT d.destination FROM deliveries d
+            WHERE d.due_at IS NOT NULL AND d.destination > lanes.destination
+            ORDER BY d.destination LIMIT 1
+        ) FROM lanes WHERE lanes.destination IS NOT NULL
+    )
+    SELECT MIN(due_at) AS oldest FROM (
+        SELECT (
+            SELECT d.due_at FROM deliveries d
+            WHERE d.destination = lanes.destination AND d.due_at IS NOT NULL ORDER BY d.due_at LIMIT 1
+        ) AS due_at
+        FROM lanes WHERE destination IS NOT NULL LIMIT :destinations
+    ) AS firsts
 """
 _CLAIM = """
     WITH due AS (
@@ -283,7 +328,8 @@ _RELEASE = """
 _LOAD_CLAIMED = """
     SELECT d.id, d.tenant, d.event_id, e.type AS event_type, d.endpoint_id, d.destination,
         COALESCE(p.url, d.callback_url) AS url, p.secrets, p.headers, p.rate_limit, t.signing_secret,
-        e.body, e.expires_at, d.attempts, d.run_attempts, d.next_trigger, d.lease, d.due_at AS lease_until
+        e.body, e.expires_at, e.generation_id, e.created_at AS event_at,
+        d.attempts, d.run_attempts, d.next_trigger, d.lease, d.due_at AS lease_until
     FROM deliveries d
     JOIN events e ON e.id = d.event_id
     JOIN tenants t ON t.id = d.tenant
@@ -300,11 +346,12 @@ _SELECT = """
     JOIN events e ON e.id = d.event_id
     LEFT JOIN endpoints p ON p.id = d.endpoint_id
 """
-_REPLAY = """
+REPLAY = """
     UPDATE deliveries
     SET status = 'pending', due_at = :now, lease = NULL, run_attempts = 0,
-        next_trigger = 'replay', updated_at = :now
+        next_trigger = 'replay', updated_at = :now, replay_id = CAST(:replay_id AS TEXT)
     WHERE id = :id AND tenant = :tenant AND due_at IS NULL AND (lease IS NULL OR updated_at <= :over)
+        AND (status <> 'delivered' OR :delivered = 1)
         AND NOT EXISTS (
             SELECT 1 FROM endpoints p WHERE p.id = deliveries.endpoint_id AND p.disabled_at IS NOT NULL
         )
@@ -446,6 +493,8 @@ def _claimed(keyring: KeyRing, row: Row, now: int) -> Claimed:
         lease=row["lease"],
         lease_until=row["lease_until"],
         expires_at=row["expires_at"],
+        generation_id=row["generation_id"],
+        event_at=row["event_at"],
     )
 
 

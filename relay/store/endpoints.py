@@ -14,7 +14,7 @@ from relay.store.filters import where
 from relay.store.idempotency import Idempotency, reserve
 from relay.store.sealed import opened
 
-_CHANGEABLE = ("url", "description", "event_types", "accounts", "headers", "rate_limit", "metadata")
+_CHANGEABLE = ("url", "description", "event_types", "accounts", "filter", "headers", "rate_limit", "metadata")
 _JSON = ("event_types", "accounts", "metadata")
 
 
@@ -38,10 +38,10 @@ class Endpoints:
             await tx.execute(
                 """
                 INSERT INTO endpoints (
-                    id, tenant, url, description, event_types, accounts, headers, metadata, rate_limit,
-                    secrets, disabled_at, disabled_reason, deleted_at, created_at, updated_at
+                    id, tenant, url, description, event_types, accounts, filter, headers, metadata,
+                    rate_limit, secrets, disabled_at, disabled_reason, deleted_at, created_at, updated_at
                 ) VALUES (
-                    :id, :tenant, :url, :description, :event_types, :accounts, :headers, :metadata,
+                    :id, :tenant, :url, :description, :event_types, :accounts, :filter, :headers, :metadata,
                     :rate_limit, :secrets, :disabled_at, :disabled_reason, :deleted_at, :created_at,
                     :updated_at
                 )

@@ -133,10 +133,36 @@ class Events:
             )
         return _read(rows[0]) if rows else None
 
-    async def get_many(self, ids: Sequence[str]) -> Sequence[Event]:
+    async def get_many(self, ids: Sequence[str], *, browse: bool = False) -> Sequence[Event]:
         """Those of the ids that exist, whoever's they are."""
-        async with self._db.read() as tx:
+        async with self._db.read(browse=browse) as tx:
             return [_read(row) for row in await tx.fetch("SELECT * FROM events WHERE id IN (:ids)", ids=ids)]
+
+    async def ids(self, tenant: str, *, after: str, limit: int) -> Sequence[str]:
+        """The ids behind `after`, oldest first."""
+        async with self._db.read(browse=True) as tx:
+            rows = await tx.fetch(
+                "SELECT id FROM events WHERE tenant = :tenant AND id > :after ORDER BY id LIMIT :limit",
+                tenant=tenant,
+                after=after,
+                limit=limit,
+            )
+        return [row["id"] for row in rows]
+
+    async def between(self, tenant: str, after: str, before: str, *, limit: int) -> Sequence[Event]:
+        """Those with ids behind `after` and below `before`, oldest first."""
+        async with self._db.read(browse=True) as tx:
+            rows = await tx.fetch(
+                """
+                SELECT * FROM events WHERE tenant = :tenant AND id > :after AND id < :before
+                ORDER BY id LIMIT :limit
+                """,
+                tenant=tenant,
+                after=after,
+                before=before,
+                limit=limit,
+            )
+        return [_read(row) for row in rows]
 
     async def renew(self, before: Event, after: Event) -> None:
         """Replaces the body and its expiry, unless somebody else did so since `before` was read."""
@@ -457,6 +483,8 @@ def _claimed(
                 lease=handoff.lease,
                 lease_until=handoff.lease_until,
                 expires_at=event.expires_at,
+                generation_id=event.generation_id,
+                event_at=event.created_at,
             )
         )
     return claimed

@@ -139,6 +139,17 @@ class PostgreSQL:
         async with self.write() as tx:
             await tx.execute("UPDATE tenants SET id = id WHERE id = ''")
 
+    async def sizes(self) -> Mapping[str, int]:
+        async with self.read() as tx:
+            [row] = await tx.fetch("SELECT pg_database_size(current_database()) AS bytes")
+        return {"main": row["bytes"]}
+
+    async def shrink(self, pages: int) -> bool:
+        return False  # its own affair
+
+    async def tidy(self) -> None:
+        pass  # so is this
+
     @asynccontextmanager
     async def write(self, *, exclusive: bool = False) -> AsyncIterator[Transaction]:
         async with self._connection() as connection:

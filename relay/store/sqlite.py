@@ -4,7 +4,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar, cast
@@ -15,12 +15,17 @@ from relay.errors import ConfigError, DatabaseInUse, StoreError
 from relay.store.database import Row, Transaction, expand
 
 T = TypeVar("T")
+# What is written beside the file is cut to this once nobody reads in it any more.
+WAL_BYTES = 16 * 1024 * 1024
+# So many pages, or a tenth of all, stay in the file for what comes next.
+SPARE_PAGES = 4096
 # WAL with FULL: one fsync for each commit, and group commit makes those few.
 _WRITES = (
     *("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "synchronous = FULL"),
-    *("foreign_keys = ON", "temp_store = MEMORY"),
+    *("foreign_keys = ON", "temp_store = MEMORY", f"journal_size_limit = {WAL_BYTES}"),
 )
 _READS = ("query_only = ON", "wal_autocheckpoint = 0")
+_SPACE = ("page_count", "freelist_count", "page_size")
 _BUSY_SECONDS = 5
 
 
@@ -33,7 +38,9 @@ class SQLite:
     finds_table = "SELECT name FROM sqlite_master WHERE type = 'table' AND name = :name"
 
     def __init__(self, path: Path, connections: Sequence[aiosqlite.Connection], lock: IO[str] | None) -> None:
-        self.name, self._directory = str(path), path.resolve().parent
+        self.name, file = str(path), path.resolve()
+        # SQLite puts it beside the file itself, whatever link it was opened by.
+        self._directory, self._wal = file.parent, file.with_name(f"{file.name}-wal")
         self._writer, self._reader, self._browser = connections
         self._connections, self._lock = connections, lock
         self._locks = {connection: asyncio.Lock() for connection in connections}
@@ -82,6 +89,37 @@ class SQLite:
         except OSError as error:
             raise StoreError(f"the database has no directory: {error}") from error
         return disk.f_bavail * disk.f_frsize
+
+    async def sizes(self) -> Mapping[str, int]:
+        async with self.read(browse=True) as tx:
+            pages, free, size = [(await tx.fetch(f"PRAGMA {name}"))[0][name] for name in _SPACE]
+        return {"main": pages * size, "free": free * size, "wal": _size(self._wal)}
+
+    async def shrink(self, pages: int) -> bool:
+        async with self._locks[self._writer]:
+            tx = _SQLiteTransaction(self._writer)
+            with _as_store_error():
+                there, free = [int((await tx.fetch(f"PRAGMA {name}"))[0][name]) for name in _SPACE[:2]]
+                surplus = min(pages, free - max(SPARE_PAGES, there // 10))
+                if surplus > 0:
+                    # A statement without columns is ended after its first step, which is one page; a script
+                    # is not.
+                    await self._writer.executescript(f"PRAGMA incremental_vacuum({surplus})")
+        return surplus > 0
+
+    async def tidy(self) -> None:
+        if _size(self._wal) <= 2 * WAL_BYTES:
+            return
+        # It begins anew only when nobody reads in it. Who reads for long is waited for before anybody else
+        # has to wait, and another program not at all.
+        async with self._locks[self._browser], self._locks[self._reader], self._locks[self._writer]:
+            tx = _SQLiteTransaction(self._writer)
+            with _as_store_error():
+                await tx.fetch("PRAGMA busy_timeout = 0")
+                try:
+                    await tx.fetch("PRAGMA wal_checkpoint(TRUNCATE)")
+                finally:
+                    await tx.fetch(f"PRAGMA busy_timeout = {1000 * _BUSY_SECONDS}")
 
     @asynccontextmanager
     async def write(self, *, exclusive: bool = False) -> AsyncIterator[Transaction]:
@@ -175,6 +213,13 @@ async def _connect(path: Path) -> aiosqlite.Connection:
     connection = await aiosqlite.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
     connection.row_factory = sqlite3.Row
     return connection
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _lock(path: Path) -> IO[str]:

@@ -18,12 +18,14 @@ COPIED: Mapping[str, Sequence[str]] = MappingProxyType(
         "keys": ("id",),
         "audit": ("id",),
         "endpoints": ("id",),
+        "event_types": ("tenant", "type"),
         "generations": ("id",),
         "credentials": ("name",),
         "accounts": ("name",),
         "events": ("id",),
         "deliveries": ("id",),
         "attempts": ("id",),
+        "replays": ("id",),
         "idempotency_keys": ("tenant", "key"),
     }
 )

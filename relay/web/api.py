@@ -7,21 +7,28 @@ from operator import attrgetter
 from typing import Any
 
 from relay import account as accounts
-from relay import event, signature
+from relay import event, schema, signature
+from relay.body import compact
 from relay.endpoint import Endpoint, Secret, origin
 from relay.errors import Conflict, FieldError, Invalid, Limited, NotFound
 from relay.event import Event
 from relay.generation import Generation, Status
 from relay.ids import new_id
 from relay.limit import Limit
+from relay.live import Wish
 from relay.redact import BLOT
+from relay.replay import count
+from relay.selection import Replay, Selection
+from relay.selection import Status as ReplayStatus
 from relay.store.deliveries import Attempt, Delivery
 from relay.store.events import Publication
 from relay.store.generations import Watch
+from relay.store.types import DeclaredType
 from relay.times import rfc3339
 from relay.web import resources as r
 from relay.web.context import Relay
-from relay.web.operation import Call, Result, checked_url, paged
+from relay.web.operation import LONGEST_NAME, Call, Result, checked_url, paged
+from relay.web.stream import Stream
 
 # For each endpoint, and for each tenant: of one relay.
 TESTS_A_MINUTE = 10
@@ -47,6 +54,7 @@ async def create_endpoint(call: Call[r.EndpointCreate, None]) -> Result:
         description=body.description,
         event_types=body.event_types or (),
         accounts=await _known_accounts(call, body.accounts),
+        filter=body.filter,
         headers=_headers(body.headers or {}, {}),
         rate_limit=body.rate_limit,
         metadata=body.metadata or {},
@@ -141,6 +149,7 @@ async def test_endpoint(call: Call[None, None]) -> Result:
     entry = call.entry("endpoint.tested", endpoint.id)
     delivery_id, claimed = await relay.store.events.send(made, endpoint, handoff, now=now, entry=entry)
     relay.deliverer.accept(claimed, handoff)
+    relay.live.stored([call.tenant])
     return Result(202, _delivery(await _get_delivery(relay, call.tenant, delivery_id)))
 
 
@@ -191,6 +200,7 @@ async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
     awaits_callback = body.job_id is None
     first = relay.poller.first_ask(
         account,
+        now=now,
         deadline_at=now + timeout,
         job_known=body.job_id is not None,
         awaits_callback=awaits_callback,
@@ -245,6 +255,7 @@ async def change_generation(call: Call[r.GenerationChange, None]) -> Result:
         if account is not None and not generation.ended:
             ask = relay.poller.first_ask(
                 account,
+                now=relay.now(),
                 deadline_at=generation.deadline_at,
                 job_known=True,
                 awaits_callback=generation.awaits_callback,
@@ -278,15 +289,55 @@ async def wait_for_generation(call: Call[None, r.WaitQuery]) -> Result:
 async def publish_event(call: Call[r.EventPublish | list[r.EventPublish], None]) -> Result:
     relay, now = call.relay, call.relay.now()
     items = call.body if isinstance(call.body, list) else [call.body]
+    await _check_data(call, items)
     made = [event.published(call.tenant, one.type, one.data, one.id, now=now) for one in items]
     kept = await relay.ingest.publish(Publication(call.tenant, made, call.idempotency))
     stored = [
-        _event(one, given.data if one is new else None)
+        r.PublishedEvent(**_event_fields(one, given.data if one is new else None), created=one is new)
         for one, new, given in zip(kept, made, items, strict=True)
     ]
     if isinstance(call.body, list):
-        return Result(201, r.Page[r.EventResource](data=stored, next_cursor=None))
+        return Result(201, r.Page[r.PublishedEvent](data=stored, next_cursor=None))
     return Result(201, stored[0])
+
+
+async def put_event_type(call: Call[r.EventTypePut, None]) -> Result:
+    type_, now = call.path["type"], call.relay.now()
+    problem = r.problem_of_type(type_)
+    if problem is not None:
+        raise Invalid(FieldError("type", problem))
+    schema = call.body.schema_
+    text = compact(schema).decode() if schema is not None else None
+    given = call.body.model_dump(exclude_unset=True, by_alias=True)
+    declared, is_new = await call.relay.store.types.put(
+        DeclaredType(call.tenant, type_, call.body.description, text, now, now),
+        entry=call.entry("event_type.declared", type_, fields=list(given)),
+    )
+    call.relay.catalog.changed(call.tenant)
+    return Result(201 if is_new else 200, r.EventTypeResource.of(declared))
+
+
+async def list_event_types(call: Call[None, r.PageQuery]) -> Result:
+    limit = call.query.limit
+    found = await call.relay.store.types.page(call.tenant, limit=limit + 1, cursor=call.query.cursor)
+    page, more = [r.EventTypeResource.of(one) for one in found[:limit]], len(found) > limit
+    return Result(200, r.Page[r.EventTypeResource](data=page, next_cursor=page[-1].type if more else None))
+
+
+async def get_event_type(call: Call[None, None]) -> Result:
+    found = await call.relay.store.types.get(call.tenant, call.path["type"])
+    if found is None:
+        raise NotFound(f"no event type {call.path['type']}")
+    return Result(200, r.EventTypeResource.of(found))
+
+
+async def delete_event_type(call: Call[None, None]) -> Result:
+    type_ = call.path["type"]
+    entry = call.entry("event_type.deleted", type_)
+    if not await call.relay.store.types.delete(call.tenant, type_, entry=entry):
+        raise NotFound(f"no event type {type_}")
+    call.relay.catalog.changed(call.tenant)
+    return Result(204)
 
 
 async def list_events(call: Call[None, r.EventQuery]) -> Result:
@@ -294,6 +345,25 @@ async def list_events(call: Call[None, r.EventQuery]) -> Result:
         call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
     )
     return paged(found, call.query, lambda one: _event(one))
+
+
+async def stream_events(call: Call[None, r.StreamQuery]) -> Result:
+    # A browser that comes back sends the header, and still the query that it began with.
+    after = call.headers.get("last-event-id") or call.query.last_event_id
+    if after is not None and not r.is_event_id(after):
+        raise Invalid(FieldError("Last-Event-ID", "is not the id of an event"))
+    wish = Wish(
+        types=call.query.types,
+        generation_id=call.query.generation_id,
+        account=call.query.account,
+        endpoint_id=call.query.endpoint_id,
+    )
+    if wish.endpoint_id is not None:
+        found = await call.relay.store.endpoints.get(call.tenant, wish.endpoint_id)
+        if found is None:
+            raise NotFound(f"no endpoint {wish.endpoint_id}")
+    reader = await call.relay.live.open(call.tenant, wish, after=after)
+    return Result(200, stream=Stream(reader, call.relay.gate, call.caller, timeout=call.query.timeout))
 
 
 async def get_event(call: Call[None, None]) -> Result:
@@ -323,6 +393,80 @@ async def replay_delivery(call: Call[None, None]) -> Result:
     where_to = await relay.store.deliveries.replay(call.tenant, id_, now=now, entry=entry)
     relay.deliverer.wake(where_to)
     return Result(202, _delivery(await _get_delivery(relay, call.tenant, id_)))
+
+
+async def create_replay(call: Call[r.ReplayCreate, None]) -> Result:
+    relay, body, now = call.relay, call.body, call.relay.now()
+    _take(relay.replay_limit, call.tenant, now, f"{REPLAYS_A_SECOND} replays a second may be asked for")
+    selection = await _selection(call, now)
+    total = await count(relay.store, selection)
+    replay = Replay(
+        id=new_id("rpl", now),
+        selection=selection,
+        rate_limit=body.rate_limit,
+        status=ReplayStatus.PENDING,
+        total=total,
+        done=0,
+        position=selection.start,
+        paced_at=now - math.ceil(1000 / body.rate_limit),
+        created_at=now,
+        updated_at=now,
+    )
+    if body.dry_run:
+        return Result(200, r.ReplayResource.of(replay, counted_only=True))
+    entry = call.entry("replay.created", replay.id)
+    created = await relay.store.replays.create(replay, call.idempotency, entry=entry)
+    if created is None:
+        raise Conflict("what this Idempotency-Key created is gone")
+    return Result(202, r.ReplayResource.of(created))
+
+
+async def list_replays(call: Call[None, r.ReplayQuery]) -> Result:
+    found = await call.relay.store.replays.page(
+        call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
+    )
+    return paged(found, call.query, r.ReplayResource.of)
+
+
+async def get_replay(call: Call[None, None]) -> Result:
+    found = await call.relay.store.replays.get(call.tenant, call.path["id"])
+    if found is None:
+        raise NotFound(f"no replay {call.path['id']}")
+    return Result(200, r.ReplayResource.of(found))
+
+
+async def cancel_replay(call: Call[None, None]) -> Result:
+    id_, entry = call.path["id"], call.entry("replay.canceled", call.path["id"])
+    await call.relay.store.replays.cancel(call.tenant, id_, now=call.relay.now(), entry=entry)
+    return Result(204)
+
+
+async def _selection(call: Call[r.ReplayCreate, None], now: int) -> Selection:
+    """What is asked for. Raises Invalid for what the tenant does not have."""
+    body, store = call.body, call.relay.store
+    until = min(now if body.until is None else body.until, now)
+    if body.until is not None and body.since is not None and body.until <= body.since:
+        raise Invalid(FieldError("until", "must be later than since"))
+    if body.endpoint_id is not None:
+        endpoint = await store.endpoints.get(call.tenant, body.endpoint_id)
+        if endpoint is None:
+            raise Invalid(FieldError("endpoint_id", f"there is no endpoint {body.endpoint_id}"))
+        if endpoint.disabled_at is not None:
+            raise Conflict(f"the endpoint {endpoint.id} is disabled: enable it first")
+    if body.generation_id is not None:
+        generation = await store.generations.get(call.tenant, body.generation_id)
+        if generation is None:
+            raise Invalid(FieldError("generation_id", f"there is no generation {body.generation_id}"))
+    return Selection(
+        tenant=call.tenant,
+        wanted=body.status,
+        until=until,
+        since=body.since,
+        endpoint_id=body.endpoint_id,
+        generation_id=body.generation_id,
+        account=body.account,
+        event_type=body.event_type,
+    )
 
 
 def _secret(endpoint: Endpoint, now: int) -> r.SecretResource:
@@ -385,22 +529,39 @@ def _generation(relay: Relay, one: Generation) -> r.GenerationResource:
     return r.GenerationResource.of(one, relay.callbacks.url(one.account, one.id) if calls_back else None)
 
 
-def _event(one: Event, data: Mapping[str, Any] | None = None) -> r.EventResource:
+async def _check_data(call: Call[Any, Any], items: Sequence[r.EventPublish]) -> None:
+    """Raises Invalid, naming the place in each of them that does not fit the schema of its type."""
+    schemas = await call.relay.catalog.schemas(call.tenant)
+    errors = []
+    for place, one in enumerate(items):
+        found = schema.complaint(schemas[one.type], one.data) if one.type in schemas else None
+        if found is not None:
+            prefix = f"{place}." if isinstance(call.body, list) else ""
+            errors.append(FieldError(f"{prefix}data{found[0]}"[:LONGEST_NAME], found[1]))
+    if errors:
+        raise Invalid(*errors)
+
+
+def _event(one: Event) -> r.EventResource:
+    return r.EventResource(**_event_fields(one))
+
+
+def _event_fields(one: Event, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`data` spares reading it from the body, when it is at hand."""
     timestamp = rfc3339(one.created_at)
     if data is None:
         body = json.loads(one.body)
         data, timestamp = body["data"], body["timestamp"]
-    return r.EventResource(
-        id=one.id,
-        type=one.type,
-        timestamp=timestamp,
-        data=data,
-        generation_id=one.generation_id,
-        account=one.account,
-        source_id=one.source_id,
-        created_at=rfc3339(one.created_at),
-    )
+    return {
+        "id": one.id,
+        "type": one.type,
+        "timestamp": timestamp,
+        "data": data,
+        "generation_id": one.generation_id,
+        "account": one.account,
+        "source_id": one.source_id,
+        "created_at": rfc3339(one.created_at),
+    }
 
 
 def _delivery(one: Delivery) -> r.DeliveryResource:

@@ -66,6 +66,17 @@ class Gate:
         self._used[key.id] = now
         return Caller(key.tenant, key.id, key.scopes, address, key.expires_at)
 
+    async def still_admits(self, caller: Caller) -> bool:
+        """Whether the key that somebody was let in with is still good."""
+        if caller.actor == ADMIN_KEY:
+            return True
+        key = await self._keys.find(caller.actor)
+        return (
+            key is not None
+            and key.revoked_at is None
+            and (key.expires_at is None or key.expires_at > self._now())
+        )
+
     async def write_down(self) -> None:
         """When keys were used last, as far as that is not written down yet. Raises StoreError, and may be
         tried again."""

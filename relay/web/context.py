@@ -8,18 +8,23 @@ from relay.asker import Asker
 from relay.batch import Batch
 from relay.bell import Bell
 from relay.callback import Callbacks
+from relay.catalog import Catalog
 from relay.config import Settings
 from relay.deliver import Deliverer
 from relay.hold import Holder
 from relay.ingest import Ingest
 from relay.limit import Limit
+from relay.live import Live
+from relay.metrics import Metrics
 from relay.poll import Poller
+from relay.prune import Pruner
 from relay.pulse import Pulse
 from relay.redact import Redactor
 from relay.roster import Roster
 from relay.shard import Held
 from relay.store import Store
 from relay.store.generations import Hint, Watch, Watched
+from relay.tracing import Tracing
 from relay.web.auth import Gate
 
 
@@ -34,17 +39,22 @@ class Relay:
     accounts: Roster
     callbacks: Callbacks
     ingest: Ingest
+    live: Live
+    catalog: Catalog
     asker: Asker
     poller: Poller
     deliverer: Deliverer
     shards: Held
     holder: Holder
+    pruner: Pruner
     bell: Bell
     gate: Gate
     test_limit: Limit
     replay_limit: Limit
     pulse: Pulse
     redactor: Redactor
+    metrics: Metrics
+    tracing: Tracing | None
     watch: Batch[Watch, Watched]
     hint: Batch[Hint, None]
     now: Callable[[], int]

@@ -11,7 +11,7 @@ _EVERYWHERE = [
 _CSP = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 _NO_STORE = (b"cache-control", b"no-store")
 _HSTS = (b"strict-transport-security", b"max-age=31536000")
-_PRIVATE = ("/v1", "/hooks")
+_PRIVATE = ("/v1", "/hooks", "/metrics")
 
 
 class SecurityHeaders:

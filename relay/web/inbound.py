@@ -14,7 +14,7 @@ from relay.generation import is_job_id
 from relay.limit import Limit
 from relay.providers import Provider
 from relay.store.generations import Hint
-from relay.web.context import State
+from relay.web.context import Relay, State
 from relay.web.operation import read_body
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,9 @@ class _Hooks:
             raise HTTPException(404)
         _let_in(self._of_job.take(generation_id, relay.now()))
         claimed = _claimed(account.provider, await read_body(request))
+        relay.metrics.called_back(account.provider.name)
         log.info("callback.received", extra={"account": name, "generation": generation_id, "job": claimed})
-        await relay.hint(Hint(generation_id, claimed))
+        await _take(relay, name, generation_id, claimed)
         relay.poller.wake(name)
         return Response(status_code=200)
 
@@ -59,11 +60,22 @@ class _Hooks:
         _let_in(self._of_account.take(name, relay.now()))
         claimed = _claimed(account.provider, body)
         watching = await relay.store.generations.watching(name, claimed) if claimed is not None else []
+        relay.metrics.called_back(account.provider.name)
         log.info("callback.received", extra={"account": name, "generations": len(watching), "job": claimed})
         if watching:
-            await asyncio.gather(*(relay.hint(Hint(generation_id, claimed)) for generation_id in watching))
+            await asyncio.gather(*(_take(relay, name, generation_id, claimed) for generation_id in watching))
             relay.poller.wake(name)
         return Response(status_code=200)
+
+
+async def _take(relay: Relay, account: str, generation_id: str, claimed: str | None) -> None:
+    begun = relay.now()
+    await relay.hint(Hint(generation_id, claimed))
+    if relay.tracing is not None:
+        about = {"relay.generation": generation_id, "relay.account": account}
+        relay.tracing.note(
+            "callback", generation_id, begun=begun, ended=relay.now(), kind="server", attributes=about
+        )
 
 
 def _let_in(wait: int) -> None:

@@ -277,8 +277,9 @@ def _models(operations: Sequence[Operation]) -> list[tuple[type[BaseModel], Any]
     for operation in operations:
         if operation.body is not None:
             found[(operation.body, "validation")] = None
-        if operation.returns is not None:
-            found[(operation.returns, "serialization")] = None
+        for model in (operation.returns, operation.page):
+            if model is not None:
+                found[(model, "serialization")] = None
     return list(found)
 
 
@@ -291,6 +292,8 @@ def _operation(operation: Operation, names: Mapping[Any, Any]) -> dict[str, Any]
             if operation.page is not None:
                 schema = {"oneOf": [schema, names[(operation.page, "serialization")]]}
             answers[str(status)]["content"] = {"application/json": {"schema": schema}}
+    if operation.streams:
+        answers["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     reads_input = operation.body is not None or operation.query is not None or operation.creates
     for status, meaning in _REFUSALS.items():
         if status != 422 or reads_input:
@@ -332,6 +335,17 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
         for name, one in schema["properties"].items():
             described = _not_null(_inline(one, schema))
             parameters.append({"name": name, "in": "query", "required": False, "schema": described})
+    if operation.streams:
+        parameters.append(
+            {
+                "name": "Last-Event-ID",
+                "in": "header",
+                "required": False,
+                "description": "The last id that was received: nothing that was stored since is left out, but"
+                " what was made up to half a minute before may come again.",
+                "schema": {"type": "string"},
+            }
+        )
     if operation.creates:
         parameters.append(
             {

@@ -40,6 +40,7 @@ class Call(Generic[B, Q]):
     path: Mapping[str, str]
     body: B
     query: Q
+    headers: Mapping[str, str]
     idempotency: Idempotency | None
 
     @property
@@ -63,17 +64,18 @@ class Call(Generic[B, Q]):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What to answer; `resource` None is an empty answer."""
+    """What to answer; `resource` None is an empty answer, unless there is a `stream`."""
 
     status: int
     resource: BaseModel | None = None
+    stream: Response | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
     """`scope` is what a key must have for it; `answers` says what each status means; `creates` honours
     Idempotency-Key; a `body` that may be empty may be left out; `at_most` bodies may come as a list, and are
-    answered as a `page`."""
+    answered as a `page`; one that `streams` answers with server-sent events."""
 
     method: str
     path: str
@@ -86,6 +88,7 @@ class Operation:
     query: type[BaseModel] | None = None
     creates: bool = False
     at_most: int = 0
+    streams: bool = False
     page: type[BaseModel] | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
 
@@ -117,9 +120,12 @@ class Operation:
             path=request.path_params,
             body=self._read(raw),
             query=_validate(self.query, dict(request.query_params)) if self.query else None,
+            headers=request.headers,
             idempotency=self._idempotency(request, raw),
         )
         result = await self.handler(call)
+        if result.stream is not None:
+            return result.stream
         if result.resource is None:
             return Response(status_code=result.status)
         return Response(compact(result.resource), result.status, media_type="application/json")

@@ -1,6 +1,8 @@
 """The table of all operations: routes and OpenAPI are both made from it."""
 
 from relay.key import Scope
+from relay.live import STREAMS
+from relay.store.types import MOST as MOST_TYPES
 from relay.web import admin, api
 from relay.web import resources as r
 from relay.web.operation import Operation
@@ -8,6 +10,7 @@ from relay.web.operation import Operation
 READ, WRITE, REPLAY, ADMIN = Scope.READ, Scope.WRITE, Scope.REPLAY, Scope.ADMIN
 _FOUND = {200: "Found", 404: "There is no such thing"}
 _ENDPOINT = {"url": "https://hooks.example.com/relay", "event_types": ["generation.completed"]}
+_REPLAY = {"status": "missing", "since": "2026-03-16T14:30:00Z", "dry_run": True}
 _GENERATION = {"account": "pixellabs", "job_id": "gen_8f7b2c9a1e3d", "metadata": {"order": 42}}
 
 OPERATIONS = (
@@ -198,12 +201,12 @@ OPERATIONS = (
         WRITE,
         "Publish an event of your own, or up to 100 as a list",
         api.publish_event,
-        r.EventResource,
-        {201: "Stored, and on its way to the endpoints that want its type"},
+        r.PublishedEvent,
+        {201: "Stored, all or none of a list, and on its way to the endpoints that want its type"},
         body=r.EventPublish,
         creates=True,
         at_most=100,
-        page=r.Page[r.EventResource],
+        page=r.Page[r.PublishedEvent],
         example={"type": "order.shipped", "data": {"order": 42}, "id": "order-42-shipped"},
     ),
     Operation(
@@ -216,7 +219,66 @@ OPERATIONS = (
         {200: "A page"},
         query=r.EventQuery,
     ),
+    Operation(
+        "GET",
+        "/v1/events/stream",
+        READ,
+        "Stream events as they are stored",
+        api.stream_events,
+        None,
+        {
+            200: "Server-sent events: `id` is the event's id, `event` its type, `data` the body that its"
+            " subscribers receive; a comment every 15 s. It ends when the relay stops, when the key is no"
+            " longer good, or when the reader lags too far behind: come back with Last-Event-ID",
+            404: "There is no such endpoint",
+            429: f"The tenant has {STREAMS} streams open: see Retry-After",
+        },
+        query=r.StreamQuery,
+        streams=True,
+    ),
     Operation("GET", "/v1/events/{id}", READ, "Show an event", api.get_event, r.EventResource, _FOUND),
+    Operation(
+        "PUT",
+        "/v1/event-types/{type}",
+        WRITE,
+        "Declare a type of events that you publish, or change what was declared",
+        api.put_event_type,
+        r.EventTypeResource,
+        {201: "Declared", 200: "Changed", 409: f"There are {MOST_TYPES} declared types already"},
+        body=r.EventTypePut,
+        example={
+            "description": "An order has left the house",
+            "schema": {"type": "object", "required": ["order"], "properties": {"order": {"type": "integer"}}},
+        },
+    ),
+    Operation(
+        "GET",
+        "/v1/event-types",
+        READ,
+        "List declared types, by name",
+        api.list_event_types,
+        r.Page[r.EventTypeResource],
+        {200: "A page"},
+        query=r.PageQuery,
+    ),
+    Operation(
+        "GET",
+        "/v1/event-types/{type}",
+        READ,
+        "Show a declared type",
+        api.get_event_type,
+        r.EventTypeResource,
+        _FOUND,
+    ),
+    Operation(
+        "DELETE",
+        "/v1/event-types/{type}",
+        WRITE,
+        "Forget what was declared of a type; it may still be published",
+        api.delete_event_type,
+        None,
+        {204: "Deleted", 404: _FOUND[404]},
+    ),
     Operation(
         "GET",
         "/v1/deliveries",
@@ -252,6 +314,46 @@ OPERATIONS = (
                 f" {api.REPLAYS_AT_ONCE}: see Retry-After"
             ),
         },
+    ),
+    Operation(
+        "POST",
+        "/v1/replays",
+        REPLAY,
+        "Make many finished deliveries pending again, or those that are missing",
+        api.create_replay,
+        r.ReplayResource,
+        {
+            202: "It begins soon; GET …/{id} tells how far it has come",
+            200: "With dry_run: how many there are",
+            409: "Another replay of this endpoint has not ended: its id is in the detail; or it is disabled",
+            429: (
+                f"More than {api.REPLAYS_A_SECOND} replays a second, after the first"
+                f" {api.REPLAYS_AT_ONCE}: see Retry-After"
+            ),
+        },
+        body=r.ReplayCreate,
+        creates=True,
+        example=_REPLAY,
+    ),
+    Operation(
+        "GET",
+        "/v1/replays",
+        READ,
+        "List replays",
+        api.list_replays,
+        r.Page[r.ReplayResource],
+        {200: "A page"},
+        query=r.ReplayQuery,
+    ),
+    Operation("GET", "/v1/replays/{id}", READ, "Show a replay", api.get_replay, r.ReplayResource, _FOUND),
+    Operation(
+        "DELETE",
+        "/v1/replays/{id}",
+        REPLAY,
+        "Cancel a replay; what it has made pending goes on",
+        api.cancel_replay,
+        None,
+        {204: "Canceled", 404: _FOUND[404], 409: "It has ended already"},
     ),
     Operation(
         "POST",

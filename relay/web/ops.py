@@ -17,6 +17,7 @@ from relay.store.migrate import pending
 from relay.web.context import Relay, State
 from relay.web.openapi import document
 from relay.web.operation import Operation
+from relay.web.scrape import Scraper
 
 MEBIBYTE = 1024 * 1024
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -84,6 +85,7 @@ def routes(operations: Sequence[Operation]) -> list[Route]:
     return [
         Route("/healthz", live),
         Route("/readyz", ready),
+        Route("/metrics", Scraper().answer),
         Route("/openapi.json", openapi),
         Route("/docs", docs),
     ]

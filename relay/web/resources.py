@@ -1,5 +1,7 @@
 """What goes in and out of the API, field by field: validation and OpenAPI are both made from these."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
@@ -13,13 +15,15 @@ from pydantic import (
     model_validator,
 )
 
-from relay import account, delivery, endpoint, event, generation
+from relay import account, delivery, endpoint, event, generation, schema, selection
+from relay import filter as filter_
 from relay.body import compact
 from relay.key import Key, Scope
 from relay.providers import PROVIDERS
 from relay.redact import BLOT
 from relay.signature import secret_key
 from relay.store.audit import Noted
+from relay.store.types import DeclaredType
 from relay.tenant import NAME as NAME_OF_TENANT
 from relay.times import parse_rfc3339, rfc3339
 
@@ -37,6 +41,11 @@ def _small(value: Mapping[str, Any]) -> Mapping[str, Any]:
 def _publishable(value: Mapping[str, Any]) -> Mapping[str, Any]:
     if len(compact(value)) > LARGEST_DATA:
         raise ValueError(f"may be {LARGEST_DATA} bytes of JSON at most")
+    return value
+
+
+def _schema(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    schema.checked(value)
     return value
 
 
@@ -116,6 +125,16 @@ Secret = Annotated[str, AfterValidator(_secret), _said(pattern="^whsec_[A-Za-z0-
 HeaderName = Annotated[str, _said(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
 HeaderValue = Annotated[str, _said(pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", maxLength=1024)]
 Headers = Annotated[Mapping[HeaderName, HeaderValue], Field(max_length=20), AfterValidator(_headers)]
+Filter = Annotated[
+    str,
+    AfterValidator(filter_.checked),
+    Field(
+        description="A JMESPath expression over the body that is sent: it must find something that is not"
+        " null, false or empty.",
+        examples=["data.kind == 'image' && data.metadata.order"],
+        json_schema_extra={"minLength": 1, "maxLength": filter_.LONGEST},
+    ),
+]
 RateLimit = Annotated[float, Field(gt=0, le=10_000, description="Attempts a second, at most.")]
 # What Relay shows to a provider, or a provider to Relay. Shorter ones could not be blotted out of a text.
 Credential = Annotated[str, Field(min_length=8, max_length=4096, pattern=r"^[\x21-\x7e]+$")]
@@ -181,7 +200,7 @@ class EndpointCreate(Request):
     description: str | None = Field(default=None, max_length=1000)
     event_types: Annotated[list[EventType], Field(max_length=100)] | None = None
     accounts: Annotated[list[str], Field(max_length=100)] | None = None
-    filter: None = Field(default=None, description="Reserved: filters on the payload are not there yet.")
+    filter: Filter | None = None
     headers: Headers | None = None
     rate_limit: RateLimit | None = None
     secret: Secret | None = None
@@ -203,6 +222,7 @@ class EndpointChange(Request):
     description: str | None = Field(default=None, max_length=1000)
     event_types: Annotated[list[EventType], Field(max_length=100)] | None = None
     accounts: Annotated[list[str], Field(max_length=100)] | None = None
+    filter: Filter | None = None
     headers: Headers | None = Field(
         default=None, description=f"All of them; the value {BLOT} keeps the one that is there."
     )
@@ -222,7 +242,7 @@ class EndpointResource(Resource):
     description: str | None
     event_types: Sequence[str] | None
     accounts: Sequence[str] | None
-    filter: None = None
+    filter: str | None
     headers: Mapping[str, str] = Field(
         description=f"{BLOT} stands for what may be secret: admins see values of harmless names."
     )
@@ -264,6 +284,7 @@ def _endpoint(one: endpoint.Endpoint, *, to_admin: bool) -> dict[str, Any]:
         "description": one.description,
         "event_types": list(one.event_types) or None,
         "accounts": list(one.accounts) or None,
+        "filter": one.filter,
         "headers": {
             name: value if to_admin and not endpoint.is_sensitive(name) else BLOT
             for name, value in one.headers.items()
@@ -426,12 +447,72 @@ class EventPublish(Request):
     )
 
 
+class EventTypePut(Request):
+    description: str | None = Field(default=None, max_length=1000)
+    schema_: Annotated[Mapping[str, Any], AfterValidator(_schema)] | None = Field(
+        default=None,
+        alias="schema",
+        description="JSON Schema, Draft 2020-12, that the `data` of its events must fit from now on. It may"
+        f" refer to its own $defs only, and not in circles; {schema.LARGEST} bytes, {schema.MOST_PARTS} parts"
+        f" and {schema.MOST_PATTERNS} patterns at most.",
+    )
+
+
+class EventTypeResource(Resource):
+    type: str
+    description: str | None
+    schema_: Mapping[str, Any] | None = Field(alias="schema")
+    created_at: Time
+    updated_at: Time
+
+    @classmethod
+    def of(cls, one: DeclaredType) -> Self:
+        return cls(
+            type=one.type,
+            description=one.description,
+            schema=json.loads(one.schema) if one.schema is not None else None,
+            created_at=rfc3339(one.created_at),
+            updated_at=rfc3339(one.updated_at),
+        )
+
+
 class EventQuery(PageQuery):
     type: str | None = None
     generation_id: str | None = None
     account: str | None = None
     since: Instant | None = None
     until: Instant | None = None
+
+
+class StreamQuery(Query):
+    type: str | None = Field(default=None, description="One, or several with commas between.")
+    generation_id: str | None = None
+    account: str | None = None
+    endpoint_id: str | None = Field(default=None, description="What this endpoint gets.")
+    last_event_id: str | None = Field(
+        default=None, description="For the first request of who cannot send the header Last-Event-ID."
+    )
+    timeout: float | None = Field(
+        default=None, ge=0, le=86_400, description="The stream ends after so many seconds."
+    )
+
+    @property
+    def types(self) -> Sequence[str]:
+        return [one.strip() for one in self.type.split(",")] if self.type else []
+
+
+def problem_of_type(type_: str) -> str | None:
+    """What is wrong with the type of an event that somebody wants to publish; None when nothing is."""
+    try:
+        _not_ours(_event_type(type_))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def is_event_id(text: str) -> bool:
+    """Whether an event may have this id."""
+    return re.fullmatch("evt_[0-7][0-9A-HJKMNP-TV-Z]{25}", text) is not None
 
 
 class EventResource(Resource):
@@ -443,6 +524,13 @@ class EventResource(Resource):
     account: str | None
     source_id: str | None = Field(description="Its publisher's own name for it.")
     created_at: Time
+
+
+class PublishedEvent(EventResource):
+    created: bool = Field(
+        description="Whether this request has stored it: false when there was one under its name before, or"
+        " under this Idempotency-Key."
+    )
 
 
 class DeliveryQuery(PageQuery):
@@ -487,6 +575,93 @@ class DeliveryResource(Resource):
 
 class DeliveryWithAttempts(DeliveryResource):
     attempts: Sequence[AttemptResource]
+
+
+class ReplayCreate(Request):
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["since"]}, {"required": ["generation_id"]}]}
+    )
+
+    endpoint_id: str | None = Field(default=None, description="Without it, all endpoints that are enabled.")
+    generation_id: str | None = None
+    account: str | None = None
+    event_type: EventType | None = Field(
+        default=None,
+        description="Without it, all types but generation.processing, generation.progress and endpoint.test.",
+    )
+    status: Annotated[selection.Wanted, Field(strict=False)] = Field(
+        default=selection.Wanted.FAILED,
+        description="`failed`: deliveries that failed, or were canceled when their endpoint was disabled."
+        " `missing`: events that an endpoint wants, as its filter is now, and has no delivery of."
+        " `all`: every finished delivery, and what is missing.",
+    )
+    since: Instant | None = Field(
+        default=None,
+        description="Of deliveries, and of events that miss one, by the time they were made."
+        " Required without a generation_id.",
+    )
+    until: Instant | None = Field(default=None, description="Now, without it; later is not looked at.")
+    rate_limit: float = Field(
+        default=selection.RATE_LIMIT,
+        gt=0,
+        le=selection.HIGHEST_RATE_LIMIT,
+        description="How many a second each endpoint is given, at most.",
+    )
+    dry_run: bool = Field(default=False, description="Only count: nothing is replayed.")
+
+    @model_validator(mode="after")
+    def _has_a_beginning(self) -> Self:
+        if self.since is None and self.generation_id is None:
+            raise ValueError("give since, or generation_id")
+        return self
+
+
+class ReplayQuery(PageQuery):
+    status: selection.Status | None = None
+    endpoint_id: str | None = None
+    since: Instant | None = None
+    until: Instant | None = None
+
+
+class ReplayResource(Resource):
+    id: str | None = Field(description="Null for what was only counted.")
+    status: selection.Status | None = Field(description="Null for what was only counted.")
+    total: int = Field(description="How many deliveries there were to replay when it was made.")
+    done: int = Field(description="How many were made pending, each once.")
+    error: str | None = Field(description="Why it failed.")
+    deliveries: selection.Wanted = Field(description="Which ones: the status that was asked for.")
+    endpoint_id: str | None
+    generation_id: str | None
+    account: str | None
+    event_type: str | None
+    since: Time | None
+    until: Time
+    rate_limit: float
+    created_at: Time
+    updated_at: Time
+    ended_at: Time | None
+
+    @classmethod
+    def of(cls, one: selection.Replay, *, counted_only: bool = False) -> Self:
+        of = one.selection
+        return cls(
+            id=None if counted_only else one.id,
+            status=None if counted_only else one.status,
+            total=one.total,
+            done=one.done,
+            error=one.error,
+            deliveries=of.wanted,
+            endpoint_id=of.endpoint_id,
+            generation_id=of.generation_id,
+            account=of.account,
+            event_type=of.event_type,
+            since=rfc3339(of.since) if of.since is not None else None,
+            until=rfc3339(of.until),
+            rate_limit=one.rate_limit,
+            created_at=rfc3339(one.created_at),
+            updated_at=rfc3339(one.updated_at),
+            ended_at=rfc3339(one.ended_at) if one.ended_at is not None else None,
+        )
 
 
 class BudgetResource(Resource):

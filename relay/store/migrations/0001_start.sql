@@ -56,6 +56,7 @@ CREATE TABLE endpoints (
     accounts TEXT NOT NULL,
     headers TEXT NOT NULL,
     metadata TEXT NOT NULL,
+    filter TEXT,
     secrets TEXT NOT NULL,
     rate_limit DOUBLE PRECISION,
     failing_since BIGINT,
@@ -171,6 +172,17 @@ CREATE TABLE events (
     CONSTRAINT a_publisher_names_an_event_once UNIQUE (source_id, tenant)
 );
 
+-- What its publishers have said of a type; one that is not here may be published all the same.
+CREATE TABLE event_types (
+    tenant TEXT NOT NULL,
+    type TEXT NOT NULL,
+    description TEXT,
+    schema TEXT,
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    PRIMARY KEY (tenant, type)
+);
+
 CREATE TABLE deliveries (
     id TEXT PRIMARY KEY,
     tenant TEXT NOT NULL,
@@ -184,6 +196,7 @@ CREATE TABLE deliveries (
     next_trigger TEXT NOT NULL,
     due_at BIGINT,
     lease TEXT,
+    replay_id TEXT,
     created_at BIGINT NOT NULL,
     updated_at BIGINT NOT NULL,
     CONSTRAINT delivery_status_is_known
@@ -196,6 +209,37 @@ CREATE TABLE deliveries (
 CREATE INDEX deliveries_due ON deliveries (destination, due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX deliveries_of_an_endpoint ON deliveries (endpoint_id, id);
 CREATE INDEX deliveries_not_delivered ON deliveries (status, id) WHERE status <> 'delivered';
+-- What arrives is never in it.
+CREATE INDEX deliveries_failed ON deliveries (id) WHERE status IN ('failed', 'canceled');
+
+CREATE TABLE replays (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    wanted TEXT NOT NULL,
+    since BIGINT,
+    until BIGINT NOT NULL,
+    endpoint_id TEXT,
+    generation_id TEXT,
+    account TEXT,
+    event_type TEXT,
+    rate_limit DOUBLE PRECISION NOT NULL,
+    status TEXT NOT NULL,
+    total BIGINT NOT NULL,
+    done BIGINT NOT NULL,
+    position TEXT NOT NULL,
+    paced_at BIGINT NOT NULL,
+    error TEXT,
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    ended_at BIGINT,
+    CONSTRAINT replay_status_is_known
+        CHECK (status IN ('pending', 'running', 'completed', 'canceled', 'failed')),
+    CONSTRAINT only_open_replays_have_not_ended CHECK ((status IN ('pending', 'running')) = (ended_at IS NULL)),
+    CONSTRAINT failed_replays_have_a_reason CHECK ((status = 'failed') = (error IS NOT NULL))
+);
+CREATE INDEX replays_of_a_tenant ON replays (tenant, id);
+CREATE UNIQUE INDEX an_endpoint_has_one_open_replay ON replays (COALESCE(endpoint_id, ''), tenant)
+    WHERE ended_at IS NULL;
 
 CREATE TABLE attempts (
     id TEXT PRIMARY KEY,

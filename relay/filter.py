@@ -1,0 +1,133 @@
+"""Filters on the payload: a JMESPath expression over an event's body, `{type, timestamp, data}`.
+
+What it finds is wanted unless that is nothing, by JMESPath's own word: null, false, or an empty text, list or
+object. It can take no longer than some milliseconds: its length is limited, it builds nothing that grows, and
+whoever needs more than STEPS gets nothing.
+"""
+
+import json
+import logging
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import jmespath
+from jmespath.exceptions import JMESPathError
+from jmespath.functions import Functions
+from jmespath.visitor import Options, TreeInterpreter
+
+log = logging.getLogger(__name__)
+LONGEST, DEEPEST = 1_000, 100
+STEPS = 5_000
+# So many elements or characters of a value cost a step too.
+_GRAIN = 64
+# What makes more of what it is given, and again of that.
+_GROWS = {"multi_select_list": "[a, b]", "multi_select_dict": "{a: b}"}
+_REFUSED = {"join", "map", "merge", "to_array", "to_string"}
+_FUNCTIONS = Functions()
+
+
+class _TooMuch(Exception):
+    pass
+
+
+class _Interpreter(TreeInterpreter):
+    def __init__(self) -> None:
+        super().__init__(Options(custom_functions=_FUNCTIONS))
+        self._left = STEPS
+
+    def visit(self, node: Any, *args: Any, **kwargs: Any) -> Any:
+        value = super().visit(node, *args, **kwargs)
+        self._left -= 1
+        if isinstance(value, list | dict | str):
+            self._left -= len(value) // _GRAIN
+        if self._left < 0:
+            raise _TooMuch(f"it took more than {STEPS} steps")
+        return value
+
+
+class _Filter:
+    """An expression that is compiled, and what is known of it."""
+
+    def __init__(self, tree: Any) -> None:
+        self._tree, self._has_failed = tree, False
+
+    def passes(self, body: bytes, *, endpoint: str) -> bool:
+        try:
+            found = _Interpreter().visit(self._tree, _content(body))
+        except Exception as error:
+            if not self._has_failed:
+                self._has_failed = True
+                log.warning("filter.failed", extra={"endpoint": endpoint, "error": str(error)})
+            return False
+        return found is not None and found is not False and found not in ("", [], {})
+
+
+def passes(expression: str, body: bytes, *, endpoint: str) -> bool:
+    """Whether the filter of an endpoint lets this body through. Where it makes no sense of it, it does not:
+    the log says so once."""
+    return _compiled(expression).passes(body, endpoint=endpoint)
+
+
+def checked(expression: str) -> str:
+    """The expression. Raises ValueError that says what is wrong with it."""
+    if not 1 <= len(expression) <= LONGEST:
+        raise ValueError(f"must be 1 to {LONGEST} characters long")
+    # Before it is parsed: that is as deep.
+    if sum(map(expression.count, "([{!")) > DEEPEST:
+        raise ValueError("is nested too deeply, or chains too much")
+    _check(_parsed(expression))
+    return expression
+
+
+@lru_cache(maxsize=1_000)
+def _compiled(expression: str) -> _Filter:
+    return _Filter(_parsed(expression))
+
+
+# One event after the other is held against all the filters.
+@lru_cache(maxsize=1)
+def _content(body: bytes) -> Any:
+    return json.loads(body)
+
+
+def _parsed(expression: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PendingDeprecationWarning)
+            return jmespath.compile(expression).parsed
+    except PendingDeprecationWarning as error:
+        raise ValueError(
+            "is no JMESPath expression: what stands between ` must be JSON; text stands in single quotes"
+        ) from error
+    except (JMESPathError, ValueError) as error:
+        raise ValueError(f"is no JMESPath expression: {str(error).splitlines()[0]}") from error
+
+
+def _check(node: Any) -> None:
+    waiting = [(node, 1)]
+    while waiting:
+        node, depth = waiting.pop()
+        if not isinstance(node, dict):
+            continue  # the bounds of a slice
+        if depth > DEEPEST:
+            raise ValueError("is nested too deeply, or chains too much")
+        kind, name = node["type"], str(node.get("value"))
+        if kind in _GROWS:
+            raise ValueError(f"must not build values, as {_GROWS[kind]} does; a literal is written `[1, 2]`")
+        if kind == "function_expression":
+            _check_call(name, node["children"])
+        if kind != "literal":
+            waiting += [(child, depth + 1) for child in node["children"]]
+
+
+def _check_call(name: str, arguments: list[Any]) -> None:
+    known = _FUNCTIONS.FUNCTION_TABLE.get(name)
+    if known is None:
+        raise ValueError(f"has no function {name}()")
+    if name in _REFUSED:
+        raise ValueError(f"must not use {name}(), which makes new values")
+    wanted = known["signature"]
+    varies = bool(wanted) and wanted[-1].get("variadic", False)
+    if len(arguments) < len(wanted) or (len(arguments) > len(wanted) and not varies):
+        raise ValueError(f"gives {name}() {len(arguments)} arguments; it takes {len(wanted)}")

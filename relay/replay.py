@@ -1,0 +1,98 @@
+"""Replaying in bulk: makes finished deliveries pending again, and those that are missing, a little at a time.
+
+How far a replay has come is in its row, written in the transaction of what it makes pending: whichever relay
+goes on with it, and whenever, leaves nothing out and makes nothing pending twice.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from relay.errors import StoreError
+from relay.selection import Found, Replay, Selection, choose, position_before
+from relay.store import Store
+
+log = logging.getLogger(__name__)
+# Rows that are looked at in one go: first as many as what is found soon needs, then many.
+FEW, MANY = 100, 2_000
+# So often at most in one beat: others have their turn too.
+LOOKS = 20
+# Deliveries that one transaction makes pending.
+MOST = 500
+# What another relay announces may have been committed so much later than it was made, milliseconds.
+IN_FLIGHT = 2_000
+
+
+async def count(store: Store, selection: Selection) -> int:
+    """How many deliveries it is of now."""
+    total, position = 0, selection.start
+    while True:
+        stretch = await store.replays.look(selection, position, limit=MANY, until=selection.until)
+        total += len(stretch.found)
+        following = stretch.position or selection.after(position)
+        if following is None:
+            return total
+        position = following
+
+
+async def advance(
+    store: Store,
+    *,
+    covers: Callable[[str, int], bool],
+    wake: Callable[[str], None],
+    now: Callable[[], int],
+) -> None:
+    """Goes on with every replay that is this relay's: `covers` says so of a name, until a time. `wake` is
+    called with each destination that something has become pending for. Idempotent."""
+    for replay in await store.replays.open():
+        if not covers(replay.name, now()):
+            continue
+        try:
+            destinations = await _go_on(store, replay, now=now())
+        except StoreError as error:
+            if error.general:
+                raise
+            # What it was about to make pending is just being removed, or the like: it looks again.
+            log.warning("replay.delayed: %s", error, extra={"replay": replay.id})
+            continue
+        for name in sorted(destinations):
+            wake(name)
+
+
+async def _go_on(store: Store, replay: Replay, *, now: int) -> set[str]:
+    """Where something has become pending to."""
+    obstacle = await store.replays.obstacle(replay.selection)
+    if obstacle is not None:
+        await store.replays.fail(replay, obstacle, now=now)
+        log.warning("replay.failed", extra={"replay": replay.id, "error": obstacle})
+        return set()
+    room = replay.allowance(now)
+    if room < 1 or await store.replays.is_crowded(replay.selection, now=now):
+        return set()
+    chosen, given, position = list[Found](), Counter[str](), replay.position
+    following: str | None = position
+    for limit in (FEW, *(MANY,) * (LOOKS - 1)):
+        until = _committed(store, replay, now)
+        stretch = await store.replays.look(replay.selection, position, limit=limit, until=until)
+        some, left = choose(stretch.found, given, room=room, most=MOST, now=now)
+        chosen += some
+        if left is not None:
+            following = position_before(stretch.found, left) or position
+            break
+        following = stretch.position or replay.selection.after(position)
+        if following is None or (stretch.position is not None and not stretch.more):
+            break
+        position = following
+    if following == replay.position and not chosen:
+        return set()
+    paced_at = replay.paced(max(given.values(), default=0), now)
+    if not await store.replays.advance(replay, chosen, following, paced_at=paced_at, now=now):
+        return set()
+    if following is None:
+        log.info("replay.completed", extra={"replay": replay.id})
+    return {one.destination for one in chosen}
+
+
+def _committed(store: Store, replay: Replay, now: int) -> int:
+    """Nothing that was made before this time is still to be committed."""
+    return replay.selection.until if store.database.alone else min(replay.selection.until, now - IN_FLIGHT)
