@@ -35,7 +35,7 @@ MEANINGS: Mapping[Scope, str] = MappingProxyType(
         Scope.READ: "look at everything but secrets, values of headers, keys and the audit log",
         Scope.WRITE: "create, change and delete endpoints and generations, publish events and declare"
         " their types, test, refresh",
-        Scope.REPLAY: "make finished deliveries pending again",
+        Scope.REPLAY: "make finished deliveries pending again, one or many, and cancel that",
         Scope.ADMIN: "everything, and alone: show and rotate secrets, keys, the audit log, add accounts",
     }
 )

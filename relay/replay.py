@@ -15,6 +15,8 @@ from relay.store import Store
 log = logging.getLogger(__name__)
 # Rows that are looked at in one go: first as many as what is found soon needs, then many.
 FEW, MANY = 100, 2_000
+# Rows that are counted in one go.
+TALLIED = 50_000
 # So often at most in one beat: others have their turn too.
 LOOKS = 20
 # Deliveries that one transaction makes pending.
@@ -27,9 +29,9 @@ async def count(store: Store, selection: Selection) -> int:
     """How many deliveries it is of now."""
     total, position = 0, selection.start
     while True:
-        stretch = await store.replays.look(selection, position, limit=MANY, until=selection.until)
-        total += len(stretch.found)
-        following = stretch.position or selection.after(position)
+        some, behind = await store.replays.tally(selection, position, limit=TALLIED)
+        total += some
+        following = behind or selection.after(position)
         if following is None:
             return total
         position = following

@@ -514,6 +514,9 @@ async def test_a_replay_looks_at_no_more_rows_than_it_is_told_to(explaining: Exp
         selection = Selection(TENANT, until=NOW, endpoint_id=endpoint_id, **given)
         await store_on(once, KEYRING).replays.look(selection, position, limit=STRETCH, until=NOW)
         assert once.complaints(expected) == [], endpoint_id
+        counting = explaining.anew()
+        await store_on(counting, KEYRING).replays.tally(selection, position, limit=STRETCH)
+        assert counting.complaints(Expected(None, rows=expected.rows, sorts=expected.sorts)) == []
 
 
 @pytest.mark.parametrize("query", QUERIES)

@@ -139,6 +139,17 @@ class Replays:
             return Stretch(found, rows[-1]["id"] if rows else position, more=False)
         return Stretch(found, None, more=False)
 
+    async def tally(self, selection: Selection, position: str, *, limit: int) -> tuple[int, str | None]:
+        """How many `look` would find among the next `limit` rows, and the position behind them; the rows stay
+        in the database."""
+        if selection.generation_id is not None:
+            stretch = await self.look(selection, position, limit=limit, until=selection.until)
+            return len(stretch.found), stretch.position
+        async with self._db.read(browse=True) as tx:
+            endpoints = await self._listening(tx, selection)
+            tally = _tally_finished if is_of_delivery(position) else _tally_lacking
+            return await tally(tx, selection, position, limit, endpoints)
+
     async def advance(
         self, replay: Replay, chosen: Sequence[Found], position: str | None, *, paced_at: int, now: int
     ) -> bool:
@@ -252,12 +263,13 @@ _FINISHED = """
         e.type, e.account, e.generation_id
     FROM deliveries d JOIN events e ON e.id = d.event_id
 """
+_FAILED = "AND d.status IN ('failed', 'canceled')"
 _ANNOUNCED = "SELECT e.id, e.tenant, e.type, e.account, e.generation_id FROM events e"
 
 
 async def _finished(tx: Transaction, selection: Selection, position: str, limit: int) -> Sequence[Row]:
     values = {"position": position, "until": first_id("dlv", selection.until), "limit": limit}
-    failed = "AND d.status IN ('failed', 'canceled')" if selection.wanted is Wanted.FAILED else ""
+    failed = _FAILED if selection.wanted is Wanted.FAILED else ""
     if selection.generation_id is not None:
         # Few: sorting them beats reading all in order.
         return await tx.fetch(
@@ -295,8 +307,7 @@ async def _announced(
 def _of_deliveries(
     selection: Selection, rows: Sequence[Row], endpoints: Mapping[str, Endpoint]
 ) -> Sequence[Found]:
-    # Those of a generation's callback URL are of no endpoint.
-    takers = {*endpoints, *([""] if selection.endpoint_id is None else [])}
+    takers = _takers(selection, endpoints)
     return [
         Found(
             position=row["id"],
@@ -309,9 +320,106 @@ def _of_deliveries(
         for row in rows
         if row["tenant"] == selection.tenant
         and row["due_at"] is None
-        and (row["endpoint_id"] or "") in takers
+        and row["endpoint_id"] in takers
         and selection.includes(row["type"], row["account"], row["generation_id"])
     ]
+
+
+def _takers(selection: Selection, endpoints: Mapping[str, Endpoint]) -> set[str | None]:
+    """Whose deliveries it is of; None is a generation's callback URL."""
+    return {*endpoints, *([None] if selection.endpoint_id is None else [])}
+
+
+def _event(row: Row) -> Event:
+    """As much of it as an endpoint looks at."""
+    return Event("", row["tenant"], row["type"], b"", 0, account=row["account"])
+
+
+async def _tally_finished(
+    tx: Transaction, selection: Selection, position: str, limit: int, endpoints: Mapping[str, Endpoint]
+) -> tuple[int, str | None]:
+    failed = _FAILED if selection.wanted is Wanted.FAILED else ""
+    until = first_id("dlv", selection.until)
+    last = await tx.fetch(
+        f"""
+        SELECT d.id FROM deliveries d WHERE d.id > :position AND d.id < :until {failed}
+        ORDER BY d.id LIMIT 1 OFFSET :skipped
+        """,
+        position=position,
+        until=until,
+        skipped=limit - 1,
+    )
+    groups = await tx.fetch(
+        f"""
+        SELECT d.tenant, d.endpoint_id, e.type, e.account, COUNT(*) AS count
+        FROM deliveries d JOIN events e ON e.id = d.event_id
+        WHERE d.id > :position AND d.id <= :last AND d.due_at IS NULL {failed}
+        GROUP BY d.tenant, d.endpoint_id, e.type, e.account
+        """,
+        position=position,
+        last=last[0]["id"] if last else until,
+    )
+    takers = _takers(selection, endpoints)
+    count = sum(
+        row["count"]
+        for row in groups
+        if row["tenant"] == selection.tenant
+        and row["endpoint_id"] in takers
+        and selection.includes(row["type"], row["account"], None)
+    )
+    return count, last[0]["id"] if last else None
+
+
+async def _tally_lacking(
+    tx: Transaction, selection: Selection, position: str, limit: int, endpoints: Mapping[str, Endpoint]
+) -> tuple[int, str | None]:
+    """What is wanted but for what is there."""
+    until = first_id("evt", selection.until)
+    last = await tx.fetch(
+        """
+        SELECT e.id FROM events e WHERE e.id > :position AND e.id < :until
+        ORDER BY e.id LIMIT 1 OFFSET :skipped
+        """,
+        position=position,
+        until=until,
+        skipped=limit - 1,
+    )
+    stretch = {"position": position, "last": last[0]["id"] if last else until}
+    announced = await tx.fetch(
+        """
+        SELECT e.tenant, e.type, e.account, COUNT(*) AS count FROM events e
+        WHERE e.id > :position AND e.id <= :last GROUP BY e.tenant, e.type, e.account
+        """,
+        **stretch,
+    )
+    there = await tx.fetch(
+        """
+        SELECT e.tenant, e.type, e.account, d.endpoint_id, COUNT(*) AS count
+        FROM events e JOIN deliveries d ON d.event_id = e.id
+        WHERE e.id > :position AND e.id <= :last GROUP BY e.tenant, e.type, e.account, d.endpoint_id
+        """,
+        **stretch,
+    )
+    count = 0
+    for endpoint in endpoints.values():
+        wanted = [row["count"] for row in announced if _lacks(selection, row, endpoint)]
+        had = [
+            row["count"]
+            for row in there
+            if row["endpoint_id"] == endpoint.id and _lacks(selection, row, endpoint)
+        ]
+        count += sum(wanted) - sum(had)
+    return count, last[0]["id"] if last else None
+
+
+def _lacks(selection: Selection, row: Row, endpoint: Endpoint) -> bool:
+    """Whether the endpoint should have such events."""
+    return (
+        row["tenant"] == selection.tenant
+        and selection.can_lack(row["type"])
+        and selection.includes(row["type"], row["account"], selection.generation_id)
+        and endpoint.wants(_event(row))
+    )
 
 
 async def _lacking(
@@ -325,7 +433,7 @@ async def _lacking(
         and selection.can_lack(row["type"])
         and selection.includes(row["type"], row["account"], row["generation_id"])
         for one in endpoints.values()
-        if one.wants(Event(row["id"], row["tenant"], row["type"], b"", 0, account=row["account"]))
+        if one.wants(_event(row))
     ]
     if not wanted:
         return []
