@@ -9,7 +9,7 @@ from relay.pulse import Pulse
 from tests.conftest import RunningRelay, World
 from tests.fleet import Fleet
 
-LOOPS = {"poll", "deliver", "prune", "keys"}
+LOOPS = {"poll", "deliver", "replay", "prune", "keys"}
 
 
 async def checks(relay: RunningRelay, status: int) -> dict[str, str]:
@@ -22,7 +22,7 @@ async def checks(relay: RunningRelay, status: int) -> dict[str, str]:
 async def test_everything_that_is_checked_is_named(world: World):
     relay = await world.relay()
     found = await checks(relay, 200)
-    assert set(found) == {"database", "migrations", "clock", "disk"} | LOOPS
+    assert set(found) == {"database", "migrations", "clock", "disk", "tidy"} | LOOPS
     assert set(found.values()) == {"ok"}
 
 
