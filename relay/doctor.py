@@ -177,9 +177,12 @@ def _deliveries(remote: Remote, now: int) -> Iterator[Finding]:
     for one in failed:
         by_url[one["url"]].append(one)
     for url, deliveries in by_url.items():
-        newest = deliveries[0]
+        newest, oldest = deliveries[0], deliveries[-1]
         problem = f"{_many(len(deliveries), 'delivery')} to {url} failed for good in the last day"
-        advice = f"when it answers again, `relay deliveries replay {newest['id']}`, and so the others"
+        again = f"relay replay --endpoint {newest['endpoint_id']} --since {oldest['created_at']}"
+        if newest["endpoint_id"] is None:
+            again = f"relay deliveries replay {newest['id']}"
+        advice = f"when it answers again, `{again}`"
         yield Finding(f"delivery {newest['id']}", problem, newest["updated_at"], advice)
 
 

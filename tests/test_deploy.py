@@ -153,6 +153,17 @@ async def test_behind_nginx_an_answer_may_be_waited_for_and_large_bodies_are_ref
     assert taken.status_code == 201
 
 
+async def test_behind_nginx_the_stream_of_events_comes_as_it_happens(front: Front):
+    async with asyncio.timeout(20), front.client.stream("GET", "/v1/events/stream") as answer:
+        assert answer.status_code == 200
+        published = await front.client.post("/v1/events", json={"type": "order.paid", "data": {}})
+        assert published.status_code == 201
+        async for line in answer.aiter_lines():
+            if line.startswith("data:"):
+                assert "order.paid" in line
+                break
+
+
 async def test_nginx_logs_no_path_of_a_callback_not_even_when_the_relay_is_away(front: Front, world: World):
     waiting = (await front.client.post("/v1/generations", json={"account": "pictory"})).json()
     hook = httpx.URL(waiting["webhook_url"])

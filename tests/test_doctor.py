@@ -71,6 +71,10 @@ async def test_what_is_stuck_is_named_with_what_to_do(world: World):
     assert until in found[f"endpoint {rotated['id']}"]["problem"]
     assert "1 delivery waiting for" in found[f"delivery {by_endpoint[down['id']]}"]["problem"]
     assert "failed for good" in found[f"delivery {by_endpoint[gone['id']]}"]["problem"]
+    assert (
+        f"relay replay --endpoint {gone['id']} --since"
+        in found[f"delivery {by_endpoint[gone['id']]}"]["advice"]
+    )
     assert "luma refuses its key" in found["account luma"]["problem"]
     assert "where nearly all take" in found[f"generation {late['id']}"]["problem"]
     assert "unauthorized" in found[f"generation {refused['id']}"]["problem"]
