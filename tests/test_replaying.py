@@ -325,3 +325,13 @@ def test_an_allowance_is_used_up_and_comes_back_as_time_goes_on(rate: float):
     assert 0.95 * rate * seconds - 1 <= got <= rate * seconds
     # A clock that was set back costs no more than a moment.
     assert replay.allowance(now - 3_600_000) >= 1
+
+
+async def test_what_ended_long_ago_is_forgotten_and_what_goes_on_is_not(store: Store):
+    gone = await begun(store, Wanted.FAILED, endpoint_id="ep_1", at=NOW)
+    await store.replays.cancel(TENANT, gone.id, now=NOW)
+    open_ = await begun(store, Wanted.FAILED, endpoint_id="ep_1", at=NOW)
+    assert await store.retention.remove_replays(before=NOW, limit=9) == 0
+    assert await store.retention.remove_replays(before=SOON, limit=9) == 1
+    assert await store.replays.open() == [open_]
+    assert await store.replays.get(TENANT, gone.id) is None
