@@ -48,8 +48,13 @@ def checked(schema: Mapping[str, Any]) -> str:
 
 def complaint(schema: str, data: Mapping[str, Any]) -> tuple[str, str] | None:
     """Where the data does not fit a schema (`.order.id`), and why; None when it does."""
+    validator = _validator(schema.encode())
     try:
-        _validator(schema.encode()).validate(data)
+        try:
+            validator.validate(data)
+        except UnicodeEncodeError:
+            # A lone surrogate: as it will be sent.
+            validator.validate(parse(compact(data)))
     except ValidationError as error:
         return "".join(f".{part}" for part in error.instance_path), error.message
     return None

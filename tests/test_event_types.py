@@ -52,6 +52,10 @@ async def test_what_does_not_fit_its_type_is_refused_and_the_place_is_named(
     assert (await relay.api.get(EVENTS)).json()["data"] == []
     assert (await publish({"order": 1, "items": [{"code": "ABC-1"}]})).status_code == 201
     assert (await publish({}, type_="order.lost")).status_code == 201
+    # What no text can hold is looked at as it will be sent.
+    for number, status in ((b"1", 201), (b'"1"', 422)):
+        body = b'{"type": "order.shipped", "data": {"order": %s, "\\ud800": "\\ud800"}}' % number
+        assert (await relay.api.post(EVENTS, content=body)).status_code == status
     # It is as it was declared last, at once.
     assert (await relay.api.put(f"{TYPES}/order.shipped", json={"schema": {}})).status_code == 200
     assert (await publish({})).status_code == 201
