@@ -17,6 +17,8 @@ import pytest
 import trustme
 import yaml
 
+from relay.config import OVERRIDES, DeliverySettings
+from relay.times import parse_duration
 from tests.conftest import ADMIN_KEY, RunningRelay, World, need
 from tests.serving import listener
 
@@ -213,3 +215,15 @@ def test_the_files_agree_with_each_other_and_with_the_example_configuration():
         assert f"127.0.0.1:{port}" in (DEPLOY / name).read_text()
         assert f"https://{NAME}" == example["public_url"]
         assert NAME in (DEPLOY / name).read_text()
+
+
+def test_compose_builds_this_repository_and_sets_what_relay_takes_from_the_environment():
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    relays = [one for one in services.values() if one["image"] == "relay"]
+    assert len(relays) == 2
+    for relay in relays:
+        assert ((DEPLOY / relay["build"]).resolve() / "Dockerfile").is_file()
+        assert relay["environment"].keys() <= OVERRIDES.keys()
+        # Longer than an attempt that is under way may take.
+        grace, timeout = relay["stop_grace_period"], DeliverySettings().timeout
+        assert parse_duration(grace) > timeout
