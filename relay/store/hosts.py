@@ -92,6 +92,11 @@ class Hosts:
         self._statement_cache_size = address.statement_cache_size
         self._command_timeout = address.command_timeout / 1000 + ANSWER_SECONDS
 
+    @property
+    def current(self) -> str:
+        """The URL that the last connection was made to."""
+        return self._urls[0]
+
     async def connect(self, *_: Any, **options: Any) -> "asyncpg.Connection[asyncpg.Record]":
         """A new connection, for the caller to close; asyncpg's pool has `options` of its own. Raises what one
         of the hosts said."""

@@ -75,9 +75,10 @@ class PostgreSQL:
     def __init__(self, address: Address) -> None:
         self.name, self._timeout = address.name, address.command_timeout
         self._hosts = Hosts(address)
+        self._at = self._hosts.current
         # A floor would be kept by a task of asyncpg's own, which logs a traceback every time it fails.
         self._pool = asyncpg.create_pool(
-            connect=self._hosts.connect, min_size=0, max_size=address.pool_size, reset=_nothing
+            connect=self._join, min_size=0, max_size=address.pool_size, reset=_nothing
         )
 
     @classmethod
@@ -92,6 +93,15 @@ class PostgreSQL:
             database._pool.terminate()
             raise
         return database
+
+    async def _join(self, *given: Any, **options: Any) -> "asyncpg.Connection[asyncpg.Record]":
+        """A connection for the pool."""
+        connection = await self._hosts.connect(*given, **options)
+        if self._hosts.current != self._at:
+            # Who is still connected to the other host would read what is old, and be refused what is new.
+            self._at = self._hosts.current
+            await self._pool.expire_connections()
+        return connection
 
     async def connect(self) -> "asyncpg.Connection[asyncpg.Record]":
         """A connection beside the pool, for the caller to close."""
