@@ -13,10 +13,11 @@ from relay.store.retention import Step
 log = logging.getLogger(__name__)
 _IDEMPOTENCY = 86_400_000
 # A step is made as large as the database does within so many seconds, and is followed by a rest so many times
-# as long: whoever delivers meanwhile waits for one step at most, and seldom. After so many seconds more comes
-# perhaps than goes, and rests are as long as steps.
-STEP_SECONDS, REST, HURRY_AFTER = 0.025, 3, 600
-_FEWEST, _FIRST, _MOST = 50, 100, 500
+# as long: whoever delivers meanwhile waits for one step at most, and seldom. Who is not done after so many
+# seconds, when the next round would begin, removes less than comes, and rests only as long as it works.
+STEP_SECONDS, REST, HURRY_AFTER = 0.025, 3, 60
+_FEWEST, _FIRST, _MOST = 50, 100, 1_000
+_LONGEST = 1.0
 # Of what has become free in a database's file, so much is given back in one step.
 PAGES = 128
 
@@ -85,18 +86,18 @@ async def prune(
     of attempts older than `bodies` what was answered. Idempotency keys go after a day.
 
     It takes its time; before every step it asks whether it `goes_on`, and after it tells what kind it removed
-    how many rows of in how many seconds. `looked_through` remembers from one call to the next where bodies
-    are left. Returns how many rows went.
+    how many rows of, and for how many seconds that kept others from writing. `looked_through` remembers from
+    one call to the next where bodies are left. Returns how many rows went.
     """
-    retention, total, rows, began = store.retention, 0, _FIRST, time.monotonic()
+    retention, total, began = store.retention, 0, time.monotonic()
 
-    async def rest(begun: float) -> None:
-        took = time.monotonic() - begun
-        await asyncio.sleep(took * (REST if begun - began < HURRY_AFTER else 1))
+    async def rest(took: float) -> None:
+        await asyncio.sleep(min(_LONGEST, took * (REST if time.monotonic() - began < HURRY_AFTER else 1)))
 
+    # Events take their attempts with them: few are left to be removed by themselves.
     kinds: dict[str, _Remove] = {
-        "attempts": partial(retention.remove_attempts, before=now - attempts),
         "events": partial(retention.remove_events, before=now - events),
+        "attempts": partial(retention.remove_attempts, before=now - attempts),
         "generations": partial(retention.remove_generations, before=now - events),
         "replays": partial(retention.remove_replays, before=now - events),
         "audit": partial(retention.remove_audit, before=now - audit),
@@ -106,21 +107,20 @@ async def prune(
         kinds["bodies"] = partial(retention.forget_bodies, before=now - bodies)
     seen = looked_through if looked_through is not None else {}
     for kind, remove in kinds.items():
-        after: str | None = seen.get(kind, "")
+        after: str | None
+        after, rows = seen.get(kind, ""), _FIRST
         while after is not None and goes_on():
-            begun = time.monotonic()
             step = await remove(limit=rows, after=after)
-            took = time.monotonic() - begun
-            observed(kind, step.removed, took)
-            total, after, rows = total + step.removed, step.after, _next_rows(rows, took)
+            observed(kind, step.removed, retention.held)
+            total, after, rows = total + step.removed, step.after, _next_rows(rows, retention.held)
             if after is not None and kind == "bodies":
                 seen[kind] = after
-            await rest(begun)
+            await rest(retention.held)
     while goes_on():
         begun = time.monotonic()
         if not await store.database.shrink(PAGES):
             break
-        await rest(begun)
+        await rest(time.monotonic() - begun)
     if total:
         log.info("retention.removed", extra={"rows": total, "seconds": round(time.monotonic() - began)})
     return total

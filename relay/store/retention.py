@@ -3,7 +3,9 @@
 What another relay is just removing, or replaying, is left to it.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from relay.ids import first_id
@@ -29,6 +31,8 @@ class Retention:
 
     def __init__(self, database: Database) -> None:
         self._db = database
+        # Seconds for which the last step kept others from writing.
+        self.held = 0.0
 
     async def remove_attempts(self, *, before: int, limit: int, after: str = "") -> Step:
         """Attempts of finished deliveries that began before `before`."""
@@ -44,7 +48,7 @@ class Retention:
             )
         if not found:
             return Step(0, None)
-        async with self._db.write() as tx:
+        async with self._write() as tx:
             ended = await tx.fetch(
                 f"""
                 SELECT id FROM deliveries WHERE id IN (:ids) AND due_at IS NULL ORDER BY id
@@ -61,7 +65,7 @@ class Retention:
         """What endpoints answered to attempts that began before `before`; the attempts stay."""
         first = first_id("att", before)
         last = await self._last("attempts", after, first, limit)
-        async with self._db.write() as tx:
+        async with self._write() as tx:
             rows = await tx.fetch(
                 f"""
                 SELECT id FROM attempts
@@ -77,10 +81,11 @@ class Retention:
         return Step(len(rows), last)
 
     async def remove_events(self, *, before: int, limit: int, after: str = "") -> Step:
-        """Events older than `before` with no open delivery, with their deliveries and attempts."""
+        """Events older than `before` with no open delivery, with their deliveries and attempts. Events and
+        deliveries together are about `limit`: an event goes whole."""
         first = first_id("evt", before)
-        last = await self._last("events", after, first, limit)
-        async with self._db.write() as tx:
+        last = await self._last_event(after, first, limit)
+        async with self._write() as tx:
             rows = await tx.fetch(
                 f"""
                 SELECT id FROM events WHERE id > :after AND id < :before AND id <= :last AND NOT EXISTS (
@@ -101,7 +106,7 @@ class Retention:
         """Generations that ended before `before` and have nothing left to be asked or told."""
         first = first_id("gen", before)
         last = await self._last("generations", after, first, limit)
-        async with self._db.write() as tx:
+        async with self._write() as tx:
             rows = await tx.fetch(
                 f"""
                 SELECT id FROM generations
@@ -122,7 +127,7 @@ class Retention:
 
     async def remove_audit(self, *, before: int, limit: int, after: str = "") -> Step:
         """Entries of the audit log that were written before `before`."""
-        async with self._db.write() as tx:
+        async with self._write() as tx:
             rows = await tx.fetch(
                 f"""
                 SELECT id FROM audit WHERE id > :after AND id < :before ORDER BY id LIMIT :limit
@@ -137,7 +142,7 @@ class Retention:
 
     async def remove_replays(self, *, before: int, limit: int, after: str = "") -> Step:
         """Replays that ended before `before`."""
-        async with self._db.write() as tx:
+        async with self._write() as tx:
             rows = await tx.fetch(
                 f"""
                 SELECT id FROM replays WHERE id > :after AND id < :before_id AND ended_at < :before
@@ -153,7 +158,7 @@ class Retention:
 
     async def remove_idempotency_keys(self, *, before: int, limit: int, after: str = "") -> Step:
         """Idempotency keys that were used before `before`; all of them may go, so each step begins anew."""
-        async with self._db.write() as tx:
+        async with self._write() as tx:
             rows = await tx.fetch(
                 f"""
                 SELECT tenant, key FROM idempotency_keys WHERE created_at < :before
@@ -166,6 +171,16 @@ class Retention:
                 "DELETE FROM idempotency_keys WHERE tenant = :tenant AND key = :key", _keys(rows)
             )
         return Step(len(rows), after if len(rows) == limit else None)
+
+    @asynccontextmanager
+    async def _write(self) -> AsyncIterator[Transaction]:
+        begun = time.monotonic()
+        try:
+            async with self._db.write() as tx:
+                begun = time.monotonic()
+                yield tx
+        finally:
+            self.held = time.monotonic() - begun
 
     async def _last(self, table: str, after: str, before: str, limit: int) -> str | None:
         """The id up to which a step looks, None when fewer rows than `limit` are left: read while others may
@@ -181,6 +196,25 @@ class Retention:
                 others=limit - 1,
             )
         return str(rows[0]["id"]) if rows else None
+
+    async def _last_event(self, after: str, before: str, limit: int) -> str | None:
+        """The same for events, whose deliveries count as well."""
+        async with self._db.read(browse=True) as tx:
+            rows = await tx.fetch(
+                """
+                SELECT id, (SELECT COUNT(*) FROM deliveries d WHERE d.event_id = events.id) AS deliveries
+                FROM events WHERE id > :after AND id < :before ORDER BY id LIMIT :limit
+                """,
+                after=after,
+                before=before,
+                limit=limit,
+            )
+        weight = 0
+        for row in rows:
+            weight += 1 + row["deliveries"]
+            if weight >= limit:
+                return str(row["id"])
+        return None
 
 
 async def _remove_events(tx: Transaction, rows: Sequence[Row], *, skip_locked: str) -> None:

@@ -105,7 +105,9 @@ class SQLite:
                     # A statement without columns is ended after its first step, which is one page; a script
                     # is not.
                     await self._writer.executescript(f"PRAGMA incremental_vacuum({surplus})")
-        return surplus > 0
+                left = int((await tx.fetch(f"PRAGMA {_SPACE[1]}"))[0][_SPACE[1]])
+        # A file that was not made by Relay may not be able to give anything back.
+        return left < free
 
     async def tidy(self) -> None:
         if _size(self._wal) <= 2 * WAL_BYTES:
