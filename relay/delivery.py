@@ -103,6 +103,7 @@ class Claimed:
     expires_at: int | None = None  # when the first URL in the body stops to work
     generation_id: str | None = None
     event_at: int = 0
+    is_replayed: bool = False  # a replay made it pending, now or before
 
     @property
     def is_retry(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+import httpx
 import typer
 from rich.markup import escape
 from rich.table import Column, Table
@@ -21,6 +22,8 @@ _PATIENCE = 5 * _MINUTE
 # A job is late after so many times of what nearly all jobs of its account take, and a while.
 _TIMES, _NEARLY_ALL, _ENOUGH = 3, 0.95, 10
 _SOON = 7 * _DAY
+# What failed in the last day was made within so many days, when the schedule is not longer than ours.
+_SCHEDULE = 6 * _DAY
 _MOST = 1000  # of a list
 _EXAMPLES = 20  # endpoints whose last error is looked up
 _CHECKS = {
@@ -68,13 +71,24 @@ def doctor(url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
 def _not_ready(remote: Remote) -> Iterator[Finding]:
     try:
         answer = remote.send("GET", "/readyz")
-        if answer.status_code not in (200, 503):
+        checks = _checks(answer) if answer.status_code in (200, 503) else None
+        # A proxy has a 503 of its own.
+        if checks is None:
             raise Refused.of(answer)
     except Refused as error:
         raise error.shown() from error
-    for name, verdict in answer.json().get("checks", {}).items():
+    for name, verdict in checks.items():
         if verdict != "ok":
             yield Finding(name, verdict, None, _CHECKS.get(name, _LOOP))
+
+
+def _checks(answer: httpx.Response) -> Mapping[str, str] | None:
+    """What a relay says of itself; None when this is no relay's answer."""
+    try:
+        checks = answer.json()["checks"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return checks if isinstance(checks, dict) else None
 
 
 def _endpoints(remote: Remote, now: int) -> Iterator[Finding]:
@@ -166,20 +180,28 @@ def _deliveries(remote: Remote, now: int) -> Iterator[Finding]:
         due = parse_rfc3339(oldest["next_attempt_at"])
         if due is not None and due < now - _MINUTE:
             problem += (
-                ", due and held back: its endpoint is paused after failures, or its rate_limit is reached"
+                ", due and held back: its endpoint is paused, after failures or because it asked for it"
+                " (Retry-After), or its rate_limit is reached"
             )
         elif oldest["next_attempt_at"] is not None:
             problem += f", the next attempt at {oldest['next_attempt_at']}"
         advice = f"`relay deliveries show {oldest['id']}` tells how its attempts went"
         yield Finding(f"delivery {oldest['id']}", problem, oldest["created_at"], advice)
-    failed = list(_all(remote, "/v1/deliveries", status="failed", since=rfc3339(now - _DAY)))
+    # When a delivery was made says nothing of when it failed: that may be the whole schedule later.
+    failed = list(_all(remote, "/v1/deliveries", status="failed"))
+    is_cut, yesterday = len(failed) >= _MOST, rfc3339(now - _DAY)
     by_url: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for one in failed:
-        by_url[one["url"]].append(one)
+        if one["updated_at"] >= yesterday:
+            by_url[one["url"]].append(one)
     for url, deliveries in by_url.items():
-        newest, oldest = deliveries[0], deliveries[-1]
-        problem = f"{_many(len(deliveries), 'delivery')} to {url} failed for good in the last day"
-        again = f"relay replay --endpoint {newest['endpoint_id']} --since {oldest['created_at']}"
+        newest = max(deliveries, key=lambda one: str(one["updated_at"]))
+        since = min(one["created_at"] for one in deliveries)
+        if is_cut:
+            since = min(since, rfc3339(now - _SCHEDULE))
+        many = _many(len(deliveries), "delivery", is_cut=is_cut)
+        problem = f"{many} to {url} failed for good in the last day"
+        again = f"relay replay --endpoint {newest['endpoint_id']} --since {since}"
         if newest["endpoint_id"] is None:
             again = f"relay deliveries replay {newest['id']}"
         advice = f"when it answers again, `{again}`"
@@ -212,7 +234,10 @@ def _all(remote: Remote, path: str, **filters: Any) -> Iterator[Any]:
     return islice((one for page in pages() for one in page), _MOST)
 
 
-def _many(count: int, noun: str) -> str:
-    more = " or more" if count >= _MOST else ""
-    plural = noun if count == 1 else noun.removesuffix("y") + ("ies" if noun.endswith("y") else "s")
+def _many(count: int, noun: str, *, is_cut: bool = False) -> str:
+    is_cut = is_cut or count >= _MOST
+    more = " or more" if is_cut else ""
+    plural = (
+        noun if count == 1 and not is_cut else noun.removesuffix("y") + ("ies" if noun.endswith("y") else "s")
+    )
     return f"{count}{more} {plural}"

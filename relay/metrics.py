@@ -189,7 +189,7 @@ class Metrics:
         if settlement.status in _ENDINGS:
             self._delivery_ended[settlement.status].inc()
         # What was replayed is no news any more.
-        if claimed.attempts == claimed.run_attempts:
+        if not claimed.is_replayed:
             if claimed.attempts == 0:
                 self._until_attempt.observe(max(0, answer.started_at - claimed.event_at) / 1000)
             if answer.accepted:

@@ -10,7 +10,9 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
+from threading import Thread
 from typing import TYPE_CHECKING, Literal, Self
 
 from relay import __version__
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 MISSING = "needs the extra: pip install 'relay-notifier[otel]'"
 _TIMEOUT = 5
+_LAST_TRY = 3
 _NANOSECONDS = 1_000_000
 
 
@@ -75,7 +78,20 @@ class Tracing:
 
     async def close(self) -> None:
         """Sends what is left, or drops it within some seconds."""
-        await asyncio.to_thread(self._provider.shutdown)
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+        def shut_down() -> None:
+            try:
+                self._provider.shutdown()
+            finally:
+                # Nobody waits any more where the loop is closed.
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(over.set)
+
+        # It tries for its time-out, and again: a thread that no end of a process waits for.
+        Thread(target=shut_down, name="tracing", daemon=True).start()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(over.wait(), _LAST_TRY)
 
     def new_span(self) -> int:
         return secrets.randbits(64) | 1

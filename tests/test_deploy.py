@@ -155,6 +155,14 @@ async def test_behind_nginx_an_answer_may_be_waited_for_and_large_bodies_are_ref
     assert taken.status_code == 201
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/metrics?name[]=up", "/%6detrics", "//metrics"])
+async def test_nginx_does_not_pass_the_metrics_on(front: Front, path: str):
+    assert (await front.relay.api.get("/metrics")).status_code == 200
+    answer = await front.client.get(path)
+    assert answer.status_code == 404
+    assert "relay_" not in answer.text
+
+
 async def test_behind_nginx_the_stream_of_events_comes_as_it_happens(front: Front):
     async with asyncio.timeout(20), front.client.stream("GET", "/v1/events/stream") as answer:
         assert answer.status_code == 200
@@ -208,6 +216,11 @@ def test_systemd_finds_the_unit_well_confined(unit: Path):
     assert found.returncode == 0, found.stdout
 
 
+def test_the_unit_sees_what_the_metrics_of_the_process_are_read_from():
+    # With `pid` there is no /proc/stat, and no process_* then.
+    assert "ProcSubset=" not in (DEPLOY / "relay.service").read_text()
+
+
 def test_the_files_agree_with_each_other_and_with_the_example_configuration():
     example = yaml.safe_load((ROOT / "config.example.yaml").read_text())
     port = example["port"]
@@ -215,6 +228,7 @@ def test_the_files_agree_with_each_other_and_with_the_example_configuration():
         assert f"127.0.0.1:{port}" in (DEPLOY / name).read_text()
         assert f"https://{NAME}" == example["public_url"]
         assert NAME in (DEPLOY / name).read_text()
+    assert "respond /metrics 404" in (DEPLOY / "Caddyfile").read_text()
 
 
 def test_compose_builds_this_repository_and_sets_what_relay_takes_from_the_environment():

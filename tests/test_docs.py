@@ -233,6 +233,37 @@ async def test_an_example_takes_what_is_genuine_once_and_refuses_what_is_not(
         assert len(receiver.handled) == 1
 
 
+async def test_what_comes_again_during_the_work_of_the_javascript_example_ends_as_the_work_does(
+    tmp_path: Path,
+):
+    command, [port], secret = receiver_command("javascript", tmp_path), free_ports(1), signature.new_secret()
+    program = tmp_path / "receive.mjs"
+    text, work = program.read_text("utf-8"), "  console.log(event.type, event.data.outputs);\n"
+    assert work in text
+    # The work on the first event fails as soon as the last one has come.
+    waits = (
+        "  await new Promise((go) => (event.type === 'first' ? (globalThis.go = go) : go(globalThis.go())));"
+    )
+    fails = "  if (event.type === 'first') throw new Error('the work failed');"
+    program.write_text(text.replace(work, f"{waits}\n{fails}\n"), "utf-8")
+
+    def request(event: str) -> bytes:
+        body = b'{"type": "%s"}' % event.encode()
+        headers = signature.headers([secret], event, int(time.time()), body)
+        lines = ["POST / HTTP/1.1", "host: x", f"content-length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+    async with receiving(command, tmp_path, secret, port), asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+        # One connection, so that they come in this order.
+        writer.write(b"".join(request(event) for event in ("first", "first", "last")))
+        writer.write_eof()
+        statuses = re.findall(rb"^HTTP/1.1 (\d+)", await reader.read(), re.MULTILINE)
+        writer.close()
+    assert statuses == [b"500", b"500", b"204"]
+
+
 def test_the_reference_is_what_the_openapi_document_says():
     assert reference.PAGE.read_text("utf-8") == reference.reference()
 

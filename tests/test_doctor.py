@@ -1,9 +1,19 @@
 """`relay doctor`: what is stuck at a running relay is named with what to do, and nothing else is."""
 
+import asyncio
 import json
 
-from relay.times import rfc3339
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from relay import doctor as doctors
+from relay.remote import Remote
+from relay.times import parse_rfc3339, rfc3339
 from tests.conftest import ADMIN_KEY, RunningRelay, World
+from tests.serving import serving
 from tests.test_cli import Ended
 from tests.test_cli import relay as run
 
@@ -101,3 +111,50 @@ async def test_a_relay_that_cannot_be_asked_is_a_failure_too(world: World):
     silent = await doctor(world, relay, "--url", "http://127.0.0.1:1")
     assert (silent.code, silent.out) == (1, "")
     assert "cannot be reached" in silent.err
+
+
+async def test_what_failed_in_the_last_day_is_named_though_it_was_made_days_before(world: World):
+    world.clock.forward(seconds=-4 * 86_400)
+    relay = await world.relay(delivery={"timeout": "2s", "schedule": ["95h"]})
+    world.subscriber.answer(404)
+    endpoint = await world.endpoint(relay, event_types=["order.paid"])
+    await relay.api.post("/v1/events", json={"type": "order.paid", "data": {}})
+    [made] = (await relay.eventually("/v1/deliveries", lambda page: page["data"]))["data"]
+    await relay.eventually(f"/v1/deliveries/{made['id']}", lambda one: one["next_attempt_at"] is not None)
+    world.clock.ahead = 20 * 3_600_000  # the schedule may be a fifth longer
+    await relay.eventually(f"/v1/deliveries/{made['id']}", lambda one: one["status"] == "failed")
+    found = {one["subject"]: one for one in json.loads((await doctor(world, relay, "--json")).out)["data"]}
+    one = found[f"delivery {made['id']}"]
+    assert "1 delivery to" in one["problem"]
+    assert "failed for good in the last day" in one["problem"]
+    again = f"relay replay --endpoint {endpoint['id']} --since {made['created_at']}"
+    assert again in one["advice"]
+
+
+async def test_of_more_failures_than_are_read_it_says_so_and_advises_to_go_back_far_enough(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(doctors, "_MOST", 2)
+    relay = await world.relay(delivery={"timeout": "2s", "schedule": []})
+    world.subscriber.answer(404)
+    await world.endpoint(relay, event_types=["order.paid"])
+    await relay.api.post("/v1/events", json=[{"type": "order.paid", "data": {}}] * 3)
+    await relay.eventually("/v1/deliveries?status=failed", lambda page: len(page["data"]) == 3)
+    remote, now = Remote(relay.origin, ADMIN_KEY), world.clock()
+    [one] = await asyncio.to_thread(lambda: list(doctors._deliveries(remote, now)))
+    assert "2 or more deliveries" in one.problem
+    since = parse_rfc3339(one.advice.partition("--since ")[2].rstrip("`"))
+    assert since is not None
+    assert since < now - 5 * 86_400_000
+
+
+@pytest.mark.parametrize("body", ["Service Unavailable", "[]", "{}", '{"checks": "none"}'])
+async def test_a_proxy_that_answers_for_a_relay_is_no_relay(world: World, body: str):
+    async def answer(request: Request) -> Response:
+        return Response(body, 503)
+
+    async with serving(Starlette(routes=[Route("/{path:path}", answer)])) as origin:
+        ended = await run("doctor", cwd=world.directory, RELAY_URL=origin, RELAY_API_KEY="key")
+    assert (ended.code, ended.out) == (1, "")
+    assert "answered 503; is this a relay?" in ended.err
+    assert "Traceback" not in ended.err

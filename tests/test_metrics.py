@@ -140,6 +140,33 @@ async def test_an_attempt_that_failed_says_why_and_a_replay_is_no_news(world: Wo
     assert value(found, "relay_announce_lag_seconds_count", until="delivered") == 0
 
 
+async def test_what_a_replay_made_pending_is_no_news_though_it_was_never_tried_before(world: World):
+    relay = await world.relay(delivery={"timeout": "2s", "schedule": ["10ms"]})
+    # What waits for its turn is canceled untried, and replayed by itself.
+    slow = await world.endpoint(relay, "/slow", event_types=["a.b"], rate_limit=0.01)
+    await relay.api.post("/v1/events", json=[{"type": "a.b", "data": {}}] * 2)
+    await world.subscriber.got(1, path="/slow")
+    path = f"/v1/endpoints/{slow['id']}"
+    assert (await relay.api.post(path + "/disable")).status_code == 200
+    page = await relay.eventually("/v1/deliveries?status=canceled", lambda page: page["data"])
+    [untried] = page["data"]
+    assert (await relay.api.post(path + "/enable")).status_code == 200
+    assert (await relay.api.patch(path, json={"rate_limit": None})).status_code == 200
+    world.subscriber.answer(500, 204, path="/slow")
+    assert (await relay.api.post(f"/v1/deliveries/{untried['id']}/replay")).status_code == 202
+    # What an endpoint has missed is replayed in bulk.
+    late = await world.endpoint(relay, "/late", event_types=["a.b"])
+    world.subscriber.answer(500, 204, path="/late")
+    missing = {"since": "1970-01-01T00:00:00Z", "status": "missing", "endpoint_id": late["id"]}
+    assert (await relay.api.post("/v1/replays", json=missing)).status_code == 202
+    found = await eventually(
+        relay, lambda all_: value(all_, "relay_deliveries_ended_total", status="delivered") == 4
+    )
+    assert value(found, "relay_attempts_total", outcome="http_status") == 2
+    assert value(found, "relay_announce_lag_seconds_count", until="first_attempt") == 1
+    assert value(found, "relay_announce_lag_seconds_count", until="delivered") == 1
+
+
 async def test_it_says_what_waits_and_for_how_long(world: World):
     relay = await world.relay(delivery={"timeout": "2s", "schedule": ["1h"]})
     world.subscriber.answer(500)

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from relay.errors import ConfigError
 from relay.tracing import Tracing
 from tests.conftest import World
-from tests.serving import serving
+from tests.serving import listener, origin_of, serving
 
 TOKEN = "token-of-the-collector"
 
@@ -165,6 +165,21 @@ async def test_a_collector_that_is_away_delays_nobody_and_nothing(world: World):
         await world.subscriber.got(1)
         assert (await relay.api.get("/readyz")).status_code == 200
     assert time.monotonic() - begun < 30
+
+
+async def test_a_collector_that_hangs_does_not_hold_up_the_end():
+    with listener() as bound:
+        bound.listen()
+        endpoint = f"{origin_of(bound)}/v1/traces"
+        tracing = Tracing.open(
+            endpoint, headers={}, service="relay", relay="rly_1", share=1, propagates=False
+        )
+        # Several times what is sent at once.
+        for number in range(2000):
+            tracing.note("event", f"evt_{number}", begun=0, ended=1, first=True, attributes={})
+        begun = time.monotonic()
+        await tracing.close()
+        assert time.monotonic() - begun < 10
 
 
 def test_without_the_extra_the_complaint_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

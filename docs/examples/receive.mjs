@@ -6,22 +6,21 @@ import { Webhook } from "standardwebhooks";
 
 const webhook = new Webhook(process.env.WEBHOOK_SECRET);
 // In your service: a table with a unique webhook_id, written in the transaction that does the work.
-const handled = new Set();
+const handled = new Map();
 
 // Your work; what it throws makes Relay try again later.
 async function handle(event) {
   console.log(event.type, event.data.outputs);
 }
 
-async function handleOnce(id, event) {
-  if (handled.has(id)) return;
-  handled.add(id);
-  try {
-    await handle(event);
-  } catch (error) {
-    handled.delete(id);
-    throw error;
+// What comes again during the work ends as the work does.
+function handleOnce(id, event) {
+  if (!handled.has(id)) {
+    const work = handle(event);
+    handled.set(id, work);
+    work.catch(() => handled.delete(id));
   }
+  return handled.get(id);
 }
 
 async function receive(request) {

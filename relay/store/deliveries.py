@@ -231,7 +231,7 @@ class Deliveries:
                 id=delivery_id,
                 tenant=tenant,
                 delivered=1,
-                replay_id=None,
+                replay_id=delivery_id,
                 now=now,
                 over=now - LONGEST_ATTEMPT,
             )
@@ -329,7 +329,7 @@ _LOAD_CLAIMED = """
     SELECT d.id, d.tenant, d.event_id, e.type AS event_type, d.endpoint_id, d.destination,
         COALESCE(p.url, d.callback_url) AS url, p.secrets, p.headers, p.rate_limit, t.signing_secret,
         e.body, e.expires_at, e.generation_id, e.created_at AS event_at,
-        d.attempts, d.run_attempts, d.next_trigger, d.lease, d.due_at AS lease_until
+        d.attempts, d.run_attempts, d.next_trigger, d.lease, d.due_at AS lease_until, d.replay_id
     FROM deliveries d
     JOIN events e ON e.id = d.event_id
     JOIN tenants t ON t.id = d.tenant
@@ -495,6 +495,7 @@ def _claimed(keyring: KeyRing, row: Row, now: int) -> Claimed:
         expires_at=row["expires_at"],
         generation_id=row["generation_id"],
         event_at=row["event_at"],
+        is_replayed=row["replay_id"] is not None,
     )
 
 

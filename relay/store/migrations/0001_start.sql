@@ -196,6 +196,7 @@ CREATE TABLE deliveries (
     next_trigger TEXT NOT NULL,
     due_at BIGINT,
     lease TEXT,
+    -- What made it pending since it was announced: a replay, or itself where it alone was replayed.
     replay_id TEXT,
     created_at BIGINT NOT NULL,
     updated_at BIGINT NOT NULL,
