@@ -127,14 +127,20 @@ class Replay:
 
     def allowance(self, now: int) -> int:
         """How many each destination may get now; what is not used within a second is lost."""
-        return math.floor((now - self._paced_at(now)) * self.rate_limit / _SECOND)
+        unused = now - self._paced_at(now)
+        # Of a slow one the product may come out just below 1, however long it waits.
+        return max(math.floor(unused * self.rate_limit / _SECOND), int(unused >= self._pause))
 
     def paced(self, count: int, now: int) -> int:
         """`paced_at` once a destination got so many."""
         return self._paced_at(now) + math.ceil(count * _SECOND / self.rate_limit)
 
+    @property
+    def _pause(self) -> int:
+        return math.ceil(_SECOND / self.rate_limit)
+
     def _paced_at(self, now: int) -> int:
-        most = max(_SECOND, math.ceil(_SECOND / self.rate_limit))
+        most = max(_SECOND, self._pause)
         # What lies further ahead than can be is from before the clock was set back.
         return now - most if self.paced_at > now + most else min(max(self.paced_at, now - most), now)
 

@@ -5,10 +5,11 @@ import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relay.delivery import Status as Is
@@ -325,6 +326,20 @@ def test_an_allowance_is_used_up_and_comes_back_as_time_goes_on(rate: float):
     assert 0.95 * rate * seconds - 1 <= got <= rate * seconds
     # A clock that was set back costs no more than a moment.
     assert replay.allowance(now - 3_600_000) >= 1
+
+
+@given(st.floats(0.001, 1000) | st.integers(1, 1000).map(lambda every: 1 / every), st.integers(1, 5_000))
+@example(1 / 161, 250)
+def test_a_replay_gets_on_at_any_rate(rate: float, beat: int):
+    replay = a_replay(Wanted.ALL, rate=rate)
+    now = begun_at = replay.paced_at
+    for _ in range(3):
+        # A beat later than when the next one may go.
+        now += max(1000, ceil(1000 / rate)) + beat
+        room = replay.allowance(now)
+        assert 1 <= room <= max(1, rate)
+        replay = replace(replay, paced_at=replay.paced(room, now))
+    assert replay.paced_at > begun_at
 
 
 async def test_what_ended_long_ago_is_forgotten_and_what_goes_on_is_not(store: Store):
