@@ -352,6 +352,8 @@ async def test_what_cannot_be_asked_for(world: World):
         ({"since": since, "until": since}, {"until"}),
         ({"since": since, "status": "delivered"}, {"status"}),
         ({"since": since, "rate_limit": 0}, {"rate_limit"}),
+        ({"since": since, "rate_limit": 1e-16}, {"rate_limit"}),
+        ({"since": since, "rate_limit": 5e-324}, {"rate_limit"}),
         ({"since": since, "rate_limit": 1001}, {"rate_limit"}),
         ({"since": since, "endpoint_id": "ep_unknown"}, {"endpoint_id"}),
         ({"generation_id": "gen_unknown"}, {"generation_id"}),
