@@ -69,14 +69,22 @@ async def _go_on(store: Store, replay: Replay, *, now: int) -> set[str]:
         log.warning("replay.failed", extra={"replay": replay.id, "error": obstacle})
         return set()
     room = replay.allowance(now)
-    if room < 1 or await store.replays.is_crowded(replay.selection, now=now):
+    if room < 1:
+        return set()
+    # Of one endpoint it is known before anything is looked for.
+    asked = {replay.selection.endpoint_id or ""}
+    crowded = await store.replays.crowded(asked, now=now)
+    if crowded:
         return set()
     chosen, given, position = list[Found](), Counter[str](), replay.position
     following: str | None = position
     for limit in (FEW, *(MANY,) * (LOOKS - 1)):
         until = _committed(store, replay, now)
         stretch = await store.replays.look(replay.selection, position, limit=limit, until=until)
-        some, left = choose(stretch.found, given, room=room, most=MOST, now=now)
+        names = {one.destination for one in stretch.found[:MOST]} - asked
+        crowded |= await store.replays.crowded(names, now=now)
+        asked |= names
+        some, left = choose(stretch.found, given, room=room, most=MOST, now=now, crowded=crowded)
         chosen += some
         if left is not None:
             following = position_before(stretch.found, left) or position

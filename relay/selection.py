@@ -9,7 +9,7 @@ of their ids. The last id that is done with is its `position`: whoever goes on w
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -151,13 +151,21 @@ def is_of_delivery(position: str) -> bool:
 
 
 def choose(
-    found: Sequence[Found], given: Counter[str], *, room: int, most: int, now: int
+    found: Sequence[Found],
+    given: Counter[str],
+    *,
+    room: int,
+    most: int,
+    now: int,
+    crowded: Collection[str] = (),
 ) -> tuple[Sequence[Found], Found | None]:
     """Those that may be made pending now, and the first one that may not. `given` is how many each
-    destination got already, and is counted on: `room` each, and `most` together."""
+    destination got already, and is counted on: `room` each, and `most` together; what is `crowded` gets
+    nothing."""
     chosen = list[Found]()
     for one in found:
-        if given[one.destination] >= room or given.total() >= most or one.ready_at > now:
+        full = one.destination in crowded or given[one.destination] >= room
+        if full or given.total() >= most or one.ready_at > now:
             return chosen, one
         given[one.destination] += 1
         chosen.append(one)

@@ -316,6 +316,14 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
             indexes={"deliveries_due"},
         ),
     ),
+    "who is crowded": (
+        lambda store: store.replays.crowded(DESTINATIONS, now=NOW),
+        Expected(
+            {"SEARCH d (destination=? AND due_at<?)"},
+            rows=16 * (ENDPOINTS + 1) + ENDPOINTS,
+            indexes={"deliveries_due"},
+        ),
+    ),
     "what is open": (
         lambda store: store.deliveries.backlog(now=NOW, most=1000),
         Expected(

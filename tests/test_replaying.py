@@ -253,6 +253,26 @@ async def test_a_replay_waits_for_an_endpoint_that_does_not_keep_up(store: Store
     assert found is not None and found.done == 40
 
 
+async def test_a_replay_of_all_waits_for_an_endpoint_that_does_not_keep_up(store: Store):
+    slow = await failed(store, 60, id="ep_1")
+    fast = await registered(store, id="ep_2", event_types=["a.b"])
+    replay = await begun(store, Wanted.ALL, rate=20)
+
+    async def beaten(now: int, *taken: str) -> Counter[str]:
+        """How many it has made pending for each, where these take what is due."""
+        for beat_at in range(now, now + 20 * SECOND, SECOND):
+            await beat(store, beat_at)
+            rooms = dict.fromkeys(taken, 99)
+            await store.deliveries.claim(rooms, now=beat_at, lease="l", lease_until=beat_at + 99 * SECOND)
+        found = await rows(store, "SELECT destination FROM deliveries WHERE replay_id IS NOT NULL")
+        return Counter(row["destination"] for row in found)
+
+    assert await beaten(SOON + SECOND, fast.id) == {slow.id: 20}
+    assert await beaten(SOON + 30 * SECOND, fast.id, slow.id) == {slow.id: 60, fast.id: 60}
+    done = await store.replays.get(TENANT, replay.id)
+    assert done is not None and done.status is Status.COMPLETED
+
+
 async def test_what_was_canceled_in_flight_is_waited_for_and_not_left_out(store: Store):
     endpoint = await failed(store, 0)
     for _ in range(3):
@@ -346,7 +366,7 @@ async def test_what_ended_long_ago_is_forgotten_and_what_goes_on_is_not(store: S
     gone = await begun(store, Wanted.FAILED, endpoint_id="ep_1", at=NOW)
     await store.replays.cancel(TENANT, gone.id, now=NOW)
     open_ = await begun(store, Wanted.FAILED, endpoint_id="ep_1", at=NOW)
-    assert await store.retention.remove_replays(before=NOW, limit=9) == 0
-    assert await store.retention.remove_replays(before=SOON, limit=9) == 1
+    assert (await store.retention.remove_replays(before=NOW, limit=9)).removed == 0
+    assert (await store.retention.remove_replays(before=SOON, limit=9)).removed == 1
     assert await store.replays.open() == [open_]
     assert await store.replays.get(TENANT, gone.id) is None

@@ -1,7 +1,7 @@
 """Replays at rest, and what they are of."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import itemgetter
 from typing import Any
@@ -106,21 +106,29 @@ class Replays:
             return f"its endpoint {selection.endpoint_id} is disabled: enable it first"
         return None
 
-    async def is_crowded(self, selection: Selection, *, now: int) -> bool:
-        """Whether its endpoint does not keep up: what comes fresh must not wait behind what is replayed."""
-        if selection.endpoint_id is None:
-            return False
+    async def crowded(self, destinations: Collection[str], *, now: int) -> set[str]:
+        """Those that do not keep up: what comes fresh must not wait behind what is replayed."""
+        names = sorted(destinations)
+        if not names:
+            return set()
+        # A power of two, so that only a few texts are ever prepared.
+        names += names[-1:] * ((1 << (len(names) - 1).bit_length()) - len(names))
+        values = {f"name_{place}": name for place, name in enumerate(names)}
+        asked = ", ".join(f"(CAST(:{name} AS TEXT))" for name in values)
         async with self._db.read() as tx:
-            return bool(
-                await tx.fetch(
-                    f"""
-                    SELECT due_at FROM deliveries WHERE destination = :destination AND due_at <= :now
-                    ORDER BY due_at LIMIT 1 OFFSET {ENOUGH_WAITING - 1}
-                    """,
-                    destination=selection.endpoint_id,
-                    now=now,
-                )
+            rows = await tx.fetch(
+                f"""
+                WITH asked (destination) AS (VALUES {asked})
+                SELECT destination FROM asked WHERE (
+                    SELECT d.due_at FROM deliveries d
+                    WHERE d.destination = asked.destination AND d.due_at <= :now
+                    ORDER BY d.due_at LIMIT 1 OFFSET {ENOUGH_WAITING - 1}
+                ) IS NOT NULL
+                """,
+                now=now,
+                **values,
             )
+        return {row["destination"] for row in rows}
 
     async def look(self, selection: Selection, position: str, *, limit: int, until: int) -> Stretch:
         """What it is of among the next `limit` rows behind a position; of what is missing, what was made
