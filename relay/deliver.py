@@ -273,8 +273,8 @@ class Deliverer:
         return max(LEASE, 3 * self._timeout)
 
     async def _sweep(self, now: int) -> tuple[dict[str, int], dict[str, int]]:
-        """How many to claim of each destination: those known to have more, and the next ones in order; and how
-        many more of what is fresh, where that has what is replayed in front of it."""
+        """How many to claim of each destination: those known to have more, and the next ones in order; and
+        how many more of what is fresh, where that has what is replayed in front of it."""
         found = await self._store.deliveries.destinations(now=now, after=self._swept_to, limit=SWEPT)
         self._swept_to = found[-1][0] if len(found) == SWEPT else ""
         if len(self._lanes) > LANES_KEPT:

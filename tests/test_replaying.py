@@ -3,9 +3,10 @@
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 from relay.delivery import Status as Is
 from relay.endpoint import Endpoint
-from relay.errors import Conflict, StoreError
+from relay.errors import Conflict, Limited, StoreError
 from relay.event import Event
 from relay.ids import new_id
-from relay.replay import advance, count
+from relay.replay import COUNTS, Counting, advance, count
 from relay.selection import Replay, Selection, Status, Wanted
 from relay.store import Store
 from relay.store.deliveries import LONGEST_ATTEMPT
@@ -360,6 +361,33 @@ def test_a_replay_gets_on_at_any_rate(rate: float, beat: int):
         assert 1 <= room <= max(1, rate)
         replay = replace(replay, paced_at=replay.paced(room, now))
     assert replay.paced_at > begun_at
+
+
+async def test_counts_of_one_tenant_do_not_keep_others_waiting(store: Store):
+    await failed(store, 3)
+    counting, selection = Counting(store), a_replay(Wanted.FAILED).selection
+    other = replace(selection, tenant="other")
+    counts = [counting.count(one) for one in (*[selection] * COUNTS, selection, other)]
+    *counted, refused, of_other = await asyncio.gather(*counts, return_exceptions=True)
+    assert (counted, of_other) == ([3] * COUNTS, 0)
+    assert isinstance(refused, Limited) and refused.retry_after > 0
+    assert await counting.count(selection) == 3
+
+
+async def test_what_is_listed_comes_between_counts(tmp_path: Path):
+    order = list[str]()
+
+    async def noted(name: str, work: Awaitable[object]) -> None:
+        await work
+        order.append(name)
+
+    async with prepared(f"sqlite:///{tmp_path}/relay.db") as store:
+        await failed(store, 3)
+        counting, selection = Counting(store), a_replay(Wanted.FAILED).selection
+        counts = [noted("count", counting.count(selection)) for _ in range(COUNTS)]
+        listing = store.deliveries.page(TENANT, {}, limit=9, cursor=None)
+        await asyncio.gather(*counts, noted("list", listing))
+    assert order.index("list") <= 1
 
 
 async def test_what_ended_long_ago_is_forgotten_and_what_goes_on_is_not(store: Store):

@@ -116,9 +116,7 @@ class Deliveries:
                     surplus.append({"id": row["id"], "lease": lease, "now": now})
                 total += row["size"]
             await tx.execute_many(_RELEASE, surplus)
-            found = await tx.fetch(
-                _LOAD_CLAIMED, destinations=names, lease=lease, lease_until=lease_until
-            )
+            found = await tx.fetch(_LOAD_CLAIMED, destinations=names, lease=lease, lease_until=lease_until)
         return [_claimed(self._keyring, row, now) for row in found]
 
     @repeated

@@ -16,7 +16,7 @@ from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.deliveries import LONGEST_ATTEMPT, REPLAY
 from relay.store.endpoints import read_endpoint
 from relay.store.filters import where
-from relay.store.idempotency import Idempotency, reserve
+from relay.store.idempotency import Idempotency, created, reserve
 
 # So many deliveries of an endpoint that are due and that nobody has taken are as much as it takes for now.
 ENOUGH_WAITING = 16
@@ -63,6 +63,16 @@ class Replays:
             await tx.execute(_INSERT, **_values(replay))
             await note(tx, entry)
         return replay
+
+    async def created_by(self, tenant: str, idempotency: Idempotency) -> Replay | None:
+        """The replay that this key created. Raises Invalid when it was asked for otherwise, Conflict when it
+        is gone."""
+        async with self._db.read() as tx:
+            before = await created(tx, tenant, idempotency)
+            found = await self._get(tx, tenant, before[0]) if before is not None else None
+        if before is not None and found is None:
+            raise Conflict("what this Idempotency-Key created is gone")
+        return found
 
     async def get(self, tenant: str, replay_id: str) -> Replay | None:
         async with self._db.read() as tx:
