@@ -35,7 +35,7 @@ from relay.prune import Pruner
 from relay.pulse import Pulse
 from relay.redact import Redactor
 from relay.renew import Renewer
-from relay.replay import advance
+from relay.replay import Counting, advance
 from relay.roster import Roster
 from relay.sender import Sender
 from relay.server import Server, bind, origin, use_all_files
@@ -355,6 +355,7 @@ def _assemble(
         gate=Gate(store.keys, settings.admin_key, now=now),
         test_limit=Limit(TESTS_A_MINUTE / 60, TESTS_A_MINUTE),
         replay_limit=Limit(REPLAYS_A_SECOND, REPLAYS_AT_ONCE),
+        counting=Counting(store),
         pulse=pulse,
         redactor=redactor,
         watch=Batch(store.generations.create, observed=metrics.written("watch")),

@@ -111,7 +111,7 @@ class Deliverer:
                 self._stopping
                 or taken.total() >= HELD - self._held
                 or size + length > HELD_BYTES - self._held_bytes
-                or taken[destination] >= self._room_for_fresh(lane)
+                or taken[destination] >= (lane or Lane()).room_for_fresh(self._now(), self._most)
             ):
                 if lane is not None:
                     lane.backlog = True
@@ -155,15 +155,17 @@ class Deliverer:
             if self._stopping:
                 return
             now = self._now()
-            wanted = await self._sweep(now)
+            wanted, fresh = await self._sweep(now)
             budget = HELD - self._held
-            if self._held_bytes >= HELD_BYTES or budget <= 0 or not wanted:
+            if self._held_bytes >= HELD_BYTES or budget <= 0 or not (wanted or fresh):
                 return
             # Everybody gets less rather than somebody nothing.
-            share = max(1, budget // len(wanted))
-            wanted = {name: min(room, share) for name, room in list(wanted.items())[:budget]}
+            share = max(1, budget // (len(wanted) + len(fresh)))
+            fresh = {name: min(room, share) for name, room in list(fresh.items())[:budget]}
+            wanted = {name: min(room, share) for name, room in list(wanted.items())[: budget - len(fresh)]}
             claimed = await self._store.deliveries.claim(
                 wanted,
+                fresh,
                 now=now,
                 lease=uuid4().hex,
                 lease_until=now + self._lease,
@@ -270,8 +272,9 @@ class Deliverer:
     def _lease(self) -> int:
         return max(LEASE, 3 * self._timeout)
 
-    async def _sweep(self, now: int) -> dict[str, int]:
-        """How many to claim of each destination: those known to have more, and the next ones in order."""
+    async def _sweep(self, now: int) -> tuple[dict[str, int], dict[str, int]]:
+        """How many to claim of each destination: those known to have more, and the next ones in order; and
+        how many more of what is fresh, where that has what is replayed in front of it."""
         found = await self._store.deliveries.destinations(now=now, after=self._swept_to, limit=SWEPT)
         self._swept_to = found[-1][0] if len(found) == SWEPT else ""
         if len(self._lanes) > LANES_KEPT:
@@ -281,17 +284,15 @@ class Deliverer:
         names = {name for name, is_due in found if is_due}
         names |= {name for name, lane in self._lanes.items() if lane.backlog}
         deadline = self._deadline()
-        rooms = {
-            name: self._room(self._lanes.get(name)) for name in names if self._shards.covers(name, deadline)
+        lanes = {
+            name: self._lanes.get(name) or Lane() for name in names if self._shards.covers(name, deadline)
         }
-        return {name: room for name, room in rooms.items() if room > 0}
-
-    def _room(self, lane: Lane | None) -> int:
-        return (lane or Lane()).room(self._now(), self._most)
-
-    def _room_for_fresh(self, lane: Lane | None) -> int:
-        """What is told for the first time does not wait in the store until what is replayed has made room."""
-        return self._room(lane) + (len(lane.retries) if lane is not None else 0)
+        rooms = {name: lane.room(now, self._most) for name, lane in lanes.items()}
+        fresh = {name: lane.passes(now, self._most) for name, lane in lanes.items() if lane.retries}
+        return (
+            {name: room for name, room in rooms.items() if room > 0},
+            {name: room for name, room in fresh.items() if room > 0},
+        )
 
     def _offer(self, name: str, lane: Lane) -> None:
         """Puts a lane into the ring when it has something that may be sent now."""

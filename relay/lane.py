@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from relay.breaker import Breaker
-from relay.delivery import Claimed
+from relay.delivery import Claimed, Trigger
 
 # In memory at most, of one lane.
 HELD_PER_LANE = 512
@@ -66,6 +66,18 @@ class Lane:
         if self.rate_limit is not None:
             room = min(room, max(1, round(self.rate_limit * PATIENCE / 1000)))
         return room - self.held
+
+    def room_for_fresh(self, now: int, most: int) -> int:
+        """The same for what is told for the first time: that does not wait until what is tried or told again
+        has made room."""
+        return self.room(now, most) + len(self.retries)
+
+    def passes(self, now: int, most: int) -> int:
+        """For how many there is room that are told for the first time, beyond `room`: where what is replayed
+        waits in the store too, they are behind it."""
+        if not any(one.trigger is Trigger.REPLAY for one in self.retries):
+            return 0
+        return max(0, min(len(self.retries), self.room_for_fresh(now, most)))
 
     def is_idle(self, now: int, most: int) -> bool:
         """Whether forgetting it loses nothing."""

@@ -4,6 +4,8 @@ import heapq
 import math
 from collections.abc import Hashable
 
+# A second, of whatever somebody may set: once in a quarter of an hour.
+LOWEST_RATE = 0.001
 # Nanoseconds, whole ones: nothing is lost to rounding, however large the time is.
 _SECOND, _MILLISECOND = 1_000_000_000, 1_000_000
 

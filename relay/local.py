@@ -23,6 +23,7 @@ from relay.config import load_config
 from relay.errors import ConfigError, CopyFailed
 from relay.key import Key, Scope, hash_of, id_of, new_key
 from relay.keyring import KeyRing
+from relay.limit import LOWEST_RATE
 from relay.rekey import rekey as rekey_database
 from relay.store import Store, open_database, store_on
 from relay.store.audit import Entry
@@ -62,8 +63,8 @@ def create_key(
     now = wall_clock()
     if not re.fullmatch(NAME, tenant):
         raise typer.BadParameter("write lower-case letters, digits, - and _", param_hint="--tenant")
-    if rate_limit is not None and not 0 < rate_limit <= 10_000:
-        raise typer.BadParameter("must be more than 0, and 10000 at most", param_hint="--rate-limit")
+    if rate_limit is not None and not LOWEST_RATE <= rate_limit <= 10_000:
+        raise typer.BadParameter("must be from 0.001 to 10000", param_hint="--rate-limit")
     key_id, text = new_key(now)
     key = Key(
         id=key_id,

@@ -463,13 +463,11 @@ def delete_account(name: str, url: Url = HERE, api_key: Key = "", as_json: AsJso
 
 
 def _waited(remote: Remote, generation: Any, *, until: float | None) -> Any:
-    """The generation once it has ended, or as it is at that time (`time.monotonic`); a relay that is being
-    replaced is waited for, too."""
+    """The generation once it has ended, or as it is at that time (`time.monotonic`) or now; a relay that is
+    being replaced is waited for, too."""
     patience = time.monotonic() + PATIENCE
     while generation["completed_at"] is None:
-        left = WAIT if until is None else min(WAIT, until - time.monotonic())
-        if left < 0:
-            break
+        left = WAIT if until is None else max(0.0, min(WAIT, until - time.monotonic()))
         try:
             path = f"/v1/generations/{generation['id']}/wait"
             asked_at = time.monotonic()
@@ -481,6 +479,8 @@ def _waited(remote: Remote, generation: Any, *, until: float | None) -> Any:
             if not error.may_pass or time.monotonic() > patience:
                 raise error.shown() from error
             is_early = True
+        if until is not None and time.monotonic() >= until:
+            break
         if is_early and generation["completed_at"] is None:
             time.sleep(0.5)
     return generation
@@ -496,18 +496,26 @@ def _ended(remote: Remote, delivery_id: str, *, after: int = 0) -> Any:
 
 
 def _followed(remote: Remote, replay: Mapping[str, Any], *, quietly: bool) -> Any:
-    """The replay once it has ended. It goes on without whoever looks at it."""
+    """The replay once it has ended. It goes on without whoever looks at it, so a relay that is being replaced
+    is waited for."""
     columns = (
         *(bar.TextColumn("{task.description}"), bar.BarColumn(), bar.MofNCompleteColumn()),
         *(_Rate(), bar.TimeRemainingColumn()),
     )
     bars = bar.Progress(*columns, console=err, disable=quietly or not err.is_terminal)
     task = bars.add_task(replay["id"], total=replay["total"])
+    patience = time.monotonic() + PATIENCE
     try:
         with bars:
             while replay["ended_at"] is None:
                 time.sleep(_LOOK_AGAIN)
-                replay = remote.call("GET", f"/v1/replays/{replay['id']}")
+                try:
+                    replay = remote.ask("GET", f"/v1/replays/{replay['id']}")
+                    patience = time.monotonic() + PATIENCE
+                except Refused as error:
+                    if not error.may_pass or time.monotonic() > patience:
+                        raise error.shown() from error
+                    continue
                 # What has failed meanwhile is among it too.
                 total = max(replay["total"], replay["done"])
                 bars.update(task, completed=replay["done"], total=total)

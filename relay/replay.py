@@ -4,11 +4,13 @@ How far a replay has come is in its row, written in the transaction of what it m
 goes on with it, and whenever, leaves nothing out and makes nothing pending twice.
 """
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 
-from relay.errors import StoreError
+from relay.errors import Limited, StoreError
 from relay.selection import Found, Replay, Selection, choose, position_before
 from relay.store import Store
 
@@ -17,6 +19,8 @@ log = logging.getLogger(__name__)
 FEW, MANY = 100, 2_000
 # Rows that are counted in one go.
 TALLIED = 50_000
+# Counts of one tenant at once, and when another one may be asked for, milliseconds.
+COUNTS, COUNT_PAUSE = 5, 2_000
 # So often at most in one beat: others have their turn too.
 LOOKS = 20
 # Deliveries that one transaction makes pending.
@@ -25,11 +29,33 @@ MOST = 500
 IN_FLIGHT = 2_000
 
 
-async def count(store: Store, selection: Selection) -> int:
+class Counting:
+    """What selections are of, counted. That goes through everybody's rows, in stretches: one stretch at a
+    time, whoever they are for, and what else is read comes between any two."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._turn = store, asyncio.Lock()
+        self._asked: Counter[str] = Counter()
+
+    async def count(self, selection: Selection) -> int:
+        """How many deliveries it is of now. Raises Limited when COUNTS of its tenant are under way."""
+        if self._asked[selection.tenant] >= COUNTS:
+            raise Limited(f"{COUNTS} replays are being counted: try again soon", retry_after=COUNT_PAUSE)
+        self._asked[selection.tenant] += 1
+        try:
+            return await count(self._store, selection, turn=self._turn)
+        finally:
+            self._asked[selection.tenant] -= 1
+            # Of those that are not counted now nothing is kept.
+            self._asked = +self._asked
+
+
+async def count(store: Store, selection: Selection, *, turn: asyncio.Lock | None = None) -> int:
     """How many deliveries it is of now."""
     total, position = 0, selection.start
     while True:
-        some, behind = await store.replays.tally(selection, position, limit=TALLIED)
+        async with turn or nullcontext():
+            some, behind = await store.replays.tally(selection, position, limit=TALLIED)
         total += some
         following = behind or selection.after(position)
         if following is None:
@@ -69,14 +95,22 @@ async def _go_on(store: Store, replay: Replay, *, now: int) -> set[str]:
         log.warning("replay.failed", extra={"replay": replay.id, "error": obstacle})
         return set()
     room = replay.allowance(now)
-    if room < 1 or await store.replays.is_crowded(replay.selection, now=now):
+    if room < 1:
+        return set()
+    # Of one endpoint it is known before anything is looked for.
+    asked = {replay.selection.endpoint_id or ""}
+    crowded = await store.replays.crowded(asked, now=now)
+    if crowded:
         return set()
     chosen, given, position = list[Found](), Counter[str](), replay.position
     following: str | None = position
     for limit in (FEW, *(MANY,) * (LOOKS - 1)):
         until = _committed(store, replay, now)
         stretch = await store.replays.look(replay.selection, position, limit=limit, until=until)
-        some, left = choose(stretch.found, given, room=room, most=MOST, now=now)
+        names = {one.destination for one in stretch.found[:MOST]} - asked
+        crowded |= await store.replays.crowded(names, now=now)
+        asked |= names
+        some, left = choose(stretch.found, given, room=room, most=MOST, now=now, crowded=crowded)
         chosen += some
         if left is not None:
             following = position_before(stretch.found, left) or position

@@ -9,7 +9,7 @@ of their ids. The last id that is done with is its `position`: whoever goes on w
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -127,14 +127,20 @@ class Replay:
 
     def allowance(self, now: int) -> int:
         """How many each destination may get now; what is not used within a second is lost."""
-        return math.floor((now - self._paced_at(now)) * self.rate_limit / _SECOND)
+        unused = now - self._paced_at(now)
+        # Of a slow one the product may come out just below 1, however long it waits.
+        return max(math.floor(unused * self.rate_limit / _SECOND), int(unused >= self._pause))
 
     def paced(self, count: int, now: int) -> int:
         """`paced_at` once a destination got so many."""
         return self._paced_at(now) + math.ceil(count * _SECOND / self.rate_limit)
 
+    @property
+    def _pause(self) -> int:
+        return math.ceil(_SECOND / self.rate_limit)
+
     def _paced_at(self, now: int) -> int:
-        most = max(_SECOND, math.ceil(_SECOND / self.rate_limit))
+        most = max(_SECOND, self._pause)
         # What lies further ahead than can be is from before the clock was set back.
         return now - most if self.paced_at > now + most else min(max(self.paced_at, now - most), now)
 
@@ -145,13 +151,21 @@ def is_of_delivery(position: str) -> bool:
 
 
 def choose(
-    found: Sequence[Found], given: Counter[str], *, room: int, most: int, now: int
+    found: Sequence[Found],
+    given: Counter[str],
+    *,
+    room: int,
+    most: int,
+    now: int,
+    crowded: Collection[str] = (),
 ) -> tuple[Sequence[Found], Found | None]:
     """Those that may be made pending now, and the first one that may not. `given` is how many each
-    destination got already, and is counted on: `room` each, and `most` together."""
+    destination got already, and is counted on: `room` each, and `most` together; what is `crowded` gets
+    nothing."""
     chosen = list[Found]()
     for one in found:
-        if given[one.destination] >= room or given.total() >= most or one.ready_at > now:
+        full = one.destination in crowded or given[one.destination] >= room
+        if full or given.total() >= most or one.ready_at > now:
             return chosen, one
         given[one.destination] += 1
         chosen.append(one)

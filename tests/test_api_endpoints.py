@@ -125,6 +125,8 @@ WRONG = [
     ({"url": URL, "secret": "whsec_"}, "secret"),
     ({"url": URL, "secret": "x" * 32}, "secret"),
     ({"url": URL, "secret": 5}, "secret"),
+    ({"url": URL, "rate_limit": 1e-16}, "rate_limit"),
+    ({"url": URL, "rate_limit": 5e-324}, "rate_limit"),
     ({"url": URL, "metadata": [1]}, "metadata"),
     ({"url": URL, "metadata": "x"}, "metadata"),
 ]

@@ -101,6 +101,7 @@ async def test_an_idempotency_key_makes_one_key_and_shows_it_once(database_url: 
         ({**USUAL, "expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
         ({**USUAL, "expires_at": "tomorrow"}, "expires_at"),
         ({**USUAL, "rate_limit": 0}, "rate_limit"),
+        ({**USUAL, "rate_limit": 5e-324}, "rate_limit"),
         ({**USUAL, "rate_limit": 10_001}, "rate_limit"),
         ({**USUAL, "key": "rk_mine"}, "key"),
     ],

@@ -334,7 +334,8 @@ async def test_keys_are_made_listed_and_revoked_beside_a_running_relay(
         (("--expires", "5 parsecs"), "30d"),
         (("--expires", "2020-01-01T00:00:00Z"), "future"),
         (("--expires", "0s"), "future"),
-        (("--rate-limit", "0"), "more than 0"),
+        (("--rate-limit", "0"), "0.001"),
+        (("--rate-limit", "1e-16"), "0.001"),
     ],
 )
 async def test_a_key_that_cannot_be_is_a_usage_error(

@@ -201,3 +201,21 @@ async def test_each_item_of_a_list_says_whether_it_is_new(database_url: str, wor
     assert len((await relay.api.get(EVENTS)).json()["data"]) == 5
     alone = await relay.api.post(EVENTS, json={"type": "order.shipped", "data": {}, "id": "a"})
     assert (alone.json()["id"], alone.json()["created"]) == (first[0]["id"], False)
+
+
+async def test_what_an_idempotency_key_published_is_told_again_whatever_its_schema_is_now(
+    world: World,
+) -> None:
+    relay = await world.relay()
+    asked = {"json": [{"type": "order.shipped", "data": {"n": 1}}], "headers": {"idempotency-key": "monday"}}
+    first = await relay.api.post("/v1/events", **asked)
+    assert first.status_code == 201
+    strict = {"schema": {"required": ["weight"]}}
+    assert (await relay.api.put(f"{TYPES}/order.shipped", json=strict)).status_code == 201
+    again = await relay.api.post("/v1/events", **asked)
+    assert again.status_code == 201, again.text
+    [was], [told] = first.json()["data"], again.json()["data"]
+    assert told == was | {"created": False}
+    for change in ({"json": [{"type": "order.shipped", "data": {"n": 2}}]}, {"headers": {}}):
+        assert (await relay.api.post("/v1/events", **asked | change)).status_code == 422
+    assert len((await relay.api.get("/v1/events")).json()["data"]) == 1

@@ -316,6 +316,28 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
             indexes={"deliveries_due"},
         ),
     ),
+    "claim what is fresh": (
+        lambda store: store.deliveries.claim({}, DESTINATIONS, **CLAIM),
+        Expected(
+            {
+                "SEARCH deliveries (destination=? AND due_at<?)",
+                "SEARCH deliveries (destination=? AND due_at=?)",
+                "SEARCH newer (generation_id=?)",
+                "SEARCH d (destination=? AND due_at=?)",
+            },
+            rows=4000,
+            indexes={"deliveries_due"},
+            sorts=True,
+        ),
+    ),
+    "who is crowded": (
+        lambda store: store.replays.crowded(DESTINATIONS, now=NOW),
+        Expected(
+            {"SEARCH d (destination=? AND due_at<?)"},
+            rows=16 * (ENDPOINTS + 1) + ENDPOINTS,
+            indexes={"deliveries_due"},
+        ),
+    ),
     "what is open": (
         lambda store: store.deliveries.backlog(now=NOW, most=1000),
         Expected(

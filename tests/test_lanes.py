@@ -228,6 +228,32 @@ async def test_a_backlog_of_one_is_not_sent_ahead_of_the_others(stage: Open):
         await s.sink.got(2_000, "/big")
 
 
+async def test_what_is_fresh_in_the_store_passes_what_is_replayed(stage: Open):
+    async with stage(endpoint_concurrency=1) as s:
+        await s.endpoint("/hook")
+        await s.backlog({"/hook": 700})
+        await s.settled("/hook", all_are(Status.DELIVERED, 700))
+        gate = s.sink.shut("/hook")
+        async with s.relay.store.database.write() as tx:
+            await tx.execute(
+                """
+                UPDATE deliveries
+                SET status = 'pending', due_at = :now, run_attempts = 0, next_trigger = 'replay'
+                """,
+                now=s.clock(),
+            )
+        await s.deliverer.tick()
+        await s.sink.got(701, "/hook")
+        # The lane is full of them, and more of them are before it in the store.
+        await s.backlog({"/hook": 1})
+        fresh = (await s.deliveries("/hook"))[-1]
+        await s.deliverer.tick()
+        gate.set()
+        await s.sink.got(711, "/hook")
+        assert fresh.event_id in [id_ for id_, _ in s.sink.received["/hook"][701:711]]
+        await s.settled("/hook", all_are(Status.DELIVERED, 701))
+
+
 async def test_turns_go_round(stage: Open):
     paths = [f"/{number}" for number in range(5)]
     async with stage(concurrency=1) as s:

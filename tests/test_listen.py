@@ -165,11 +165,13 @@ async def test_waiting_ends_with_what_became_of_all_of_them(world: World) -> Non
     good = [(await world.watch(relay, "luma", duration=duration))["id"] for duration in (0, 1)]
     bad = (await world.watch(relay, "vivix", duration=0, outcome="failed"))["id"]
     never = (await world.watch(relay, "luma", duration=600))["id"]
+    later = (await world.watch(relay, "luma", duration=8))["id"]
     env = {"RELAY_URL": relay.origin, "RELAY_API_KEY": ADMIN_KEY, "COLUMNS": "240"}
     cases: Sequence[tuple[Sequence[str], int]] = [
         (good, 0),
         ([*good, bad, never, "--timeout", "1"], 1),
         ([good[0], "gen_x"], 1),
+        ([never, later, "--timeout", "12", "--json"], 1),
     ]
     ended = await asyncio.gather(
         *(program("generations", "wait", *ids, cwd=world.directory, **env) for ids, _ in cases)
@@ -178,6 +180,8 @@ async def test_waiting_ends_with_what_became_of_all_of_them(world: World) -> Non
         assert one.code == code, (ids, one.err)
     assert all(id_ in ended[0].out for id_ in good)
     assert "no generation gen_x" in ended[2].err
+    # As it is when the time is over, not as it was before.
+    assert json.loads(ended[3].out)["data"][1]["status"] == "completed"
     job = world.simulator.submit("luma", duration=0.5)
     tracked = await program("track", "luma", job, "--wait", "--json", cwd=world.directory, **env)
     assert tracked.code == 0
@@ -202,3 +206,26 @@ async def test_waiting_outlives_a_relay_that_is_replaced(tmp_path: Path, world: 
         assert (ended.code, json.loads(ended.out)["status"]) == (0, "completed"), ended.err
     finally:
         await relay.end(signal.SIGKILL)
+
+
+async def test_a_replay_is_followed_through_a_relay_that_is_replaced(tmp_path: Path) -> None:
+    subscriber = Subscriber()
+    relay = Program.placed(tmp_path / "relay")
+    env = {"RELAY_URL": relay.origin, "RELAY_API_KEY": ADMIN_KEY}
+    async with serving(subscriber.app) as local:
+        try:
+            await relay.start()
+            async with relay.api() as api:
+                events = [{"type": "order.shipped", "data": {"n": n}} for n in range(6)]
+                assert (await api.post("/v1/events", json=events)).status_code == 201
+                await api.post("/v1/endpoints", json={"url": local + "/", "event_types": ["order.shipped"]})
+                options = ("--since", "1h", "--status", "missing", "--rate-limit", "1", "--json")
+                following = asyncio.create_task(program("replay", *options, cwd=tmp_path, **env))
+                await subscriber.got(2)
+            assert (await relay.stop())[0] == 0
+            await relay.start()
+            ended = await following
+            assert ended.code == 0, ended.err
+            assert (json.loads(ended.out)["status"], json.loads(ended.out)["done"]) == ("completed", 6)
+        finally:
+            await relay.end(signal.SIGKILL)

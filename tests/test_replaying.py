@@ -3,20 +3,22 @@
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relay.delivery import Status as Is
 from relay.endpoint import Endpoint
-from relay.errors import Conflict, StoreError
+from relay.errors import Conflict, Limited, StoreError
 from relay.event import Event
 from relay.ids import new_id
-from relay.replay import advance, count
+from relay.replay import COUNTS, Counting, advance, count
 from relay.selection import Replay, Selection, Status, Wanted
 from relay.store import Store
 from relay.store.deliveries import LONGEST_ATTEMPT
@@ -252,6 +254,26 @@ async def test_a_replay_waits_for_an_endpoint_that_does_not_keep_up(store: Store
     assert found is not None and found.done == 40
 
 
+async def test_a_replay_of_all_waits_for_an_endpoint_that_does_not_keep_up(store: Store):
+    slow = await failed(store, 60, id="ep_1")
+    fast = await registered(store, id="ep_2", event_types=["a.b"])
+    replay = await begun(store, Wanted.ALL, rate=20)
+
+    async def beaten(now: int, *taken: str) -> Counter[str]:
+        """How many it has made pending for each, where these take what is due."""
+        for beat_at in range(now, now + 20 * SECOND, SECOND):
+            await beat(store, beat_at)
+            rooms = dict.fromkeys(taken, 99)
+            await store.deliveries.claim(rooms, now=beat_at, lease="l", lease_until=beat_at + 99 * SECOND)
+        found = await rows(store, "SELECT destination FROM deliveries WHERE replay_id IS NOT NULL")
+        return Counter(row["destination"] for row in found)
+
+    assert await beaten(SOON + SECOND, fast.id) == {slow.id: 20}
+    assert await beaten(SOON + 30 * SECOND, fast.id, slow.id) == {slow.id: 60, fast.id: 60}
+    done = await store.replays.get(TENANT, replay.id)
+    assert done is not None and done.status is Status.COMPLETED
+
+
 async def test_what_was_canceled_in_flight_is_waited_for_and_not_left_out(store: Store):
     endpoint = await failed(store, 0)
     for _ in range(3):
@@ -327,11 +349,52 @@ def test_an_allowance_is_used_up_and_comes_back_as_time_goes_on(rate: float):
     assert replay.allowance(now - 3_600_000) >= 1
 
 
+@given(st.floats(0.001, 1000) | st.integers(1, 1000).map(lambda every: 1 / every), st.integers(1, 5_000))
+@example(1 / 161, 250)
+def test_a_replay_gets_on_at_any_rate(rate: float, beat: int):
+    replay = a_replay(Wanted.ALL, rate=rate)
+    now = begun_at = replay.paced_at
+    for _ in range(3):
+        # A beat later than when the next one may go.
+        now += max(1000, ceil(1000 / rate)) + beat
+        room = replay.allowance(now)
+        assert 1 <= room <= max(1, rate)
+        replay = replace(replay, paced_at=replay.paced(room, now))
+    assert replay.paced_at > begun_at
+
+
+async def test_counts_of_one_tenant_do_not_keep_others_waiting(store: Store):
+    await failed(store, 3)
+    counting, selection = Counting(store), a_replay(Wanted.FAILED).selection
+    other = replace(selection, tenant="other")
+    counts = [counting.count(one) for one in (*[selection] * COUNTS, selection, other)]
+    *counted, refused, of_other = await asyncio.gather(*counts, return_exceptions=True)
+    assert (counted, of_other) == ([3] * COUNTS, 0)
+    assert isinstance(refused, Limited) and refused.retry_after > 0
+    assert await counting.count(selection) == 3
+
+
+async def test_what_is_listed_comes_between_counts(tmp_path: Path):
+    order = list[str]()
+
+    async def noted(name: str, work: Awaitable[object]) -> None:
+        await work
+        order.append(name)
+
+    async with prepared(f"sqlite:///{tmp_path}/relay.db") as store:
+        await failed(store, 3)
+        counting, selection = Counting(store), a_replay(Wanted.FAILED).selection
+        counts = [noted("count", counting.count(selection)) for _ in range(COUNTS)]
+        listing = store.deliveries.page(TENANT, {}, limit=9, cursor=None)
+        await asyncio.gather(*counts, noted("list", listing))
+    assert order.index("list") <= 1
+
+
 async def test_what_ended_long_ago_is_forgotten_and_what_goes_on_is_not(store: Store):
     gone = await begun(store, Wanted.FAILED, endpoint_id="ep_1", at=NOW)
     await store.replays.cancel(TENANT, gone.id, now=NOW)
     open_ = await begun(store, Wanted.FAILED, endpoint_id="ep_1", at=NOW)
-    assert await store.retention.remove_replays(before=NOW, limit=9) == 0
-    assert await store.retention.remove_replays(before=SOON, limit=9) == 1
+    assert (await store.retention.remove_replays(before=NOW, limit=9)).removed == 0
+    assert (await store.retention.remove_replays(before=SOON, limit=9)).removed == 1
     assert await store.replays.open() == [open_]
     assert await store.replays.get(TENANT, gone.id) is None

@@ -342,6 +342,21 @@ async def test_an_idempotency_key_begins_one_replay(world: World):
     assert changed.status_code == 422
 
 
+async def test_an_idempotency_key_tells_of_its_replay_whatever_has_become_of_the_endpoint(world: World):
+    relay = await world.relay(delivery=NEVER)
+    endpoint = await failed(world, relay, 1)
+    body = {"since": "1970-01-01T00:00:00Z", "endpoint_id": endpoint["id"]}
+    key = {"idempotency-key": "monday"}
+    made = (await relay.api.post("/v1/replays", json=body, headers=key)).json()
+    await relay.eventually(f"/v1/replays/{made['id']}", lambda one: one["ended_at"] is not None)
+    assert (await relay.api.post(f"/v1/endpoints/{endpoint['id']}/disable")).status_code == 200
+    again = await relay.api.post("/v1/replays", json=body, headers=key)
+    assert (again.status_code, again.json()["id"]) == (202, made["id"])
+    assert (await relay.api.post("/v1/replays", json=body)).status_code == 409
+    other = await relay.api.post("/v1/replays", json=body | {"status": "all"}, headers=key)
+    assert other.status_code == 422
+
+
 async def test_what_cannot_be_asked_for(world: World):
     relay = await world.relay()
     since = "2026-01-01T00:00:00Z"
@@ -352,6 +367,8 @@ async def test_what_cannot_be_asked_for(world: World):
         ({"since": since, "until": since}, {"until"}),
         ({"since": since, "status": "delivered"}, {"status"}),
         ({"since": since, "rate_limit": 0}, {"rate_limit"}),
+        ({"since": since, "rate_limit": 1e-16}, {"rate_limit"}),
+        ({"since": since, "rate_limit": 5e-324}, {"rate_limit"}),
         ({"since": since, "rate_limit": 1001}, {"rate_limit"}),
         ({"since": since, "endpoint_id": "ep_unknown"}, {"endpoint_id"}),
         ({"generation_id": "gen_unknown"}, {"generation_id"}),

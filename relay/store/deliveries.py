@@ -86,21 +86,29 @@ class Deliveries:
         return Backlog(counted["due"] or 0, counted["open"], found["oldest"])
 
     async def claim(
-        self, wanted: Mapping[str, int], *, now: int, lease: str, lease_until: int, most_bytes: int = 2**62
+        self,
+        wanted: Mapping[str, int],
+        fresh: Mapping[str, int] | None = None,
+        *,
+        now: int,
+        lease: str,
+        lease_until: int,
+        most_bytes: int = 2**62,
     ) -> Sequence[Claimed]:
         """Takes what is due, up to so many of each destination and about so many bytes in all; a crash gives
         it back at `lease_until`. What a newer event has taken the place of is canceled instead, and what
-        was added for an endpoint just when that was disabled."""
-        rows = [
-            {"destination": one, "limit": limit, "now": now, "lease": lease, "lease_until": lease_until}
-            for one, limit in wanted.items()
-        ]
-        if not rows:
+        was added for an endpoint just when that was disabled. Of those in `fresh`, so many more that are told
+        for the first time: they pass what is replayed."""
+        names = sorted({*wanted, *(fresh or {})})
+        taken = {"now": now, "lease": lease, "lease_until": lease_until}
+        if not names:
             return []
         async with self._db.write() as tx:
-            await tx.execute_many(_CLAIM.format(skip_locked=self._db.skip_locked), rows)
-            await tx.execute_many(_CANCEL_CLAIMED, rows)
-            sizes = await tx.fetch(_SIZES, destinations=list(wanted), lease=lease, lease_until=lease_until)
+            for sql, limits in ((_CLAIM, wanted), (_CLAIM_FRESH, fresh or {})):
+                rows = [{"destination": name, "limit": limit, **taken} for name, limit in limits.items()]
+                await tx.execute_many(sql.format(skip_locked=self._db.skip_locked), rows)
+            await tx.execute_many(_CANCEL_CLAIMED, [{"destination": name, **taken} for name in names])
+            sizes = await tx.fetch(_SIZES, destinations=names, lease=lease, lease_until=lease_until)
             total, surplus = 0, []
             for row in sizes:
                 # One is taken however large it is.
@@ -108,9 +116,7 @@ class Deliveries:
                     surplus.append({"id": row["id"], "lease": lease, "now": now})
                 total += row["size"]
             await tx.execute_many(_RELEASE, surplus)
-            found = await tx.fetch(
-                _LOAD_CLAIMED, destinations=list(wanted), lease=lease, lease_until=lease_until
-            )
+            found = await tx.fetch(_LOAD_CLAIMED, destinations=names, lease=lease, lease_until=lease_until)
         return [_claimed(self._keyring, row, now) for row in found]
 
     @repeated
@@ -290,6 +296,22 @@ _CLAIM = """
     WITH due AS (
         SELECT id FROM deliveries WHERE destination = :destination AND due_at <= :now
         ORDER BY due_at LIMIT :limit {skip_locked}
+    )
+    UPDATE deliveries SET status = 'sending', due_at = :lease_until, lease = :lease
+    FROM due WHERE deliveries.id = due.id
+"""
+# Behind what is replayed, of which replays make no more than so many due at once.
+_CLAIM_FRESH = """
+    WITH due AS (
+        SELECT id FROM deliveries
+        WHERE due_at <= :now AND id IN (
+            SELECT id FROM (
+                SELECT id, due_at, next_trigger, run_attempts FROM deliveries
+                WHERE destination = :destination AND due_at <= :now ORDER BY due_at LIMIT 1000
+            ) AS first
+            WHERE next_trigger = 'scheduled' AND run_attempts = 0 ORDER BY due_at LIMIT :limit
+        )
+        {skip_locked}
     )
     UPDATE deliveries SET status = 'sending', due_at = :lease_until, lease = :lease
     FROM due WHERE deliveries.id = due.id

@@ -18,7 +18,7 @@ from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.endpoints import read_endpoint
 from relay.store.filters import where
 from relay.store.generations import write_update
-from relay.store.idempotency import Idempotency, correct, reserve
+from relay.store.idempotency import Idempotency, correct, created, reserve
 from relay.store.tenants import read_signing_secret
 
 
@@ -107,6 +107,18 @@ class Events:
                 for place, one in enumerate(publications)
             ]
         return results, claimed
+
+    async def published_by(self, tenant: str, idempotency: Idempotency) -> Sequence[Event] | None:
+        """What was published with this key, as it is stored; None when nothing was. Raises Invalid when it
+        was something else, Conflict when it is gone."""
+        async with self._db.read() as tx:
+            before = await created(tx, tenant, idempotency)
+            if before is None:
+                return None
+            kept = await _again(tx, before[0].split(), {})
+        if isinstance(kept, Refused):
+            raise kept
+        return kept
 
     async def announce(self, events: Sequence[Event], handoff: Handoff, *, now: int) -> Sequence[Claimed]:
         """Stores new events of Relay's own and fans them out; the deliveries that are handed over."""

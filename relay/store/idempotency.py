@@ -39,6 +39,14 @@ async def reserve(
     )
     if is_new:
         return None
+    before = await created(tx, tenant, request)
+    if before is None:
+        raise Collision("this Idempotency-Key has just been forgotten")
+    return before
+
+
+async def created(tx: Transaction, tenant: str, request: Idempotency) -> tuple[str, int] | None:
+    """The id and HTTP status of what this key created. Raises Invalid when the request was another one."""
     rows = await tx.fetch(
         """
         SELECT request_hash, resource_id, status FROM idempotency_keys
@@ -48,7 +56,7 @@ async def reserve(
         key=request.key,
     )
     if not rows:
-        raise Collision("this Idempotency-Key has just been forgotten")
+        return None
     if rows[0]["request_hash"] != request.request_hash:
         raise Invalid(FieldError("Idempotency-Key", "was used for a different request"))
     return rows[0]["resource_id"], rows[0]["status"]

@@ -1,7 +1,7 @@
 """Replays at rest, and what they are of."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import itemgetter
 from typing import Any
@@ -16,7 +16,7 @@ from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.deliveries import LONGEST_ATTEMPT, REPLAY
 from relay.store.endpoints import read_endpoint
 from relay.store.filters import where
-from relay.store.idempotency import Idempotency, reserve
+from relay.store.idempotency import Idempotency, created, reserve
 
 # So many deliveries of an endpoint that are due and that nobody has taken are as much as it takes for now.
 ENOUGH_WAITING = 16
@@ -64,6 +64,16 @@ class Replays:
             await note(tx, entry)
         return replay
 
+    async def created_by(self, tenant: str, idempotency: Idempotency) -> Replay | None:
+        """The replay that this key created. Raises Invalid when it was asked for otherwise, Conflict when it
+        is gone."""
+        async with self._db.read() as tx:
+            before = await created(tx, tenant, idempotency)
+            found = await self._get(tx, tenant, before[0]) if before is not None else None
+        if before is not None and found is None:
+            raise Conflict("what this Idempotency-Key created is gone")
+        return found
+
     async def get(self, tenant: str, replay_id: str) -> Replay | None:
         async with self._db.read() as tx:
             return await self._get(tx, tenant, replay_id)
@@ -106,21 +116,29 @@ class Replays:
             return f"its endpoint {selection.endpoint_id} is disabled: enable it first"
         return None
 
-    async def is_crowded(self, selection: Selection, *, now: int) -> bool:
-        """Whether its endpoint does not keep up: what comes fresh must not wait behind what is replayed."""
-        if selection.endpoint_id is None:
-            return False
+    async def crowded(self, destinations: Collection[str], *, now: int) -> set[str]:
+        """Those that do not keep up: what comes fresh must not wait behind what is replayed."""
+        names = sorted(destinations)
+        if not names:
+            return set()
+        # A power of two, so that only a few texts are ever prepared.
+        names += names[-1:] * ((1 << (len(names) - 1).bit_length()) - len(names))
+        values = {f"name_{place}": name for place, name in enumerate(names)}
+        asked = ", ".join(f"(CAST(:{name} AS TEXT))" for name in values)
         async with self._db.read() as tx:
-            return bool(
-                await tx.fetch(
-                    f"""
-                    SELECT due_at FROM deliveries WHERE destination = :destination AND due_at <= :now
-                    ORDER BY due_at LIMIT 1 OFFSET {ENOUGH_WAITING - 1}
-                    """,
-                    destination=selection.endpoint_id,
-                    now=now,
-                )
+            rows = await tx.fetch(
+                f"""
+                WITH asked (destination) AS (VALUES {asked})
+                SELECT destination FROM asked WHERE (
+                    SELECT d.due_at FROM deliveries d
+                    WHERE d.destination = asked.destination AND d.due_at <= :now
+                    ORDER BY d.due_at LIMIT 1 OFFSET {ENOUGH_WAITING - 1}
+                ) IS NOT NULL
+                """,
+                now=now,
+                **values,
             )
+        return {row["destination"] for row in rows}
 
     async def look(self, selection: Selection, position: str, *, limit: int, until: int) -> Stretch:
         """What it is of among the next `limit` rows behind a position; of what is missing, what was made

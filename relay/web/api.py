@@ -17,7 +17,6 @@ from relay.ids import new_id
 from relay.limit import Limit
 from relay.live import Wish
 from relay.redact import BLOT
-from relay.replay import count
 from relay.selection import Replay, Selection
 from relay.selection import Status as ReplayStatus
 from relay.store.deliveries import Attempt, Delivery
@@ -289,9 +288,10 @@ async def wait_for_generation(call: Call[None, r.WaitQuery]) -> Result:
 async def publish_event(call: Call[r.EventPublish | list[r.EventPublish], None]) -> Result:
     relay, now = call.relay, call.relay.now()
     items = call.body if isinstance(call.body, list) else [call.body]
-    await _check_data(call, items)
     made = [event.published(call.tenant, one.type, one.data, one.id, now=now) for one in items]
-    kept = await relay.ingest.publish(Publication(call.tenant, made, call.idempotency))
+    kept = await _stored_before(call, items)
+    if kept is None:
+        kept = await relay.ingest.publish(Publication(call.tenant, made, call.idempotency))
     stored = [
         r.PublishedEvent(**_event_fields(one, given.data if one is new else None), created=one is new)
         for one, new, given in zip(kept, made, items, strict=True)
@@ -397,9 +397,13 @@ async def replay_delivery(call: Call[None, None]) -> Result:
 
 async def create_replay(call: Call[r.ReplayCreate, None]) -> Result:
     relay, body, now = call.relay, call.body, call.relay.now()
+    if call.idempotency is not None:
+        before = await relay.store.replays.created_by(call.tenant, call.idempotency)
+        if before is not None:
+            return Result(202, r.ReplayResource.of(before))
     _take(relay.replay_limit, call.tenant, now, f"{REPLAYS_A_SECOND} replays a second may be asked for")
     selection = await _selection(call, now)
-    total = await count(relay.store, selection)
+    total = await relay.counting.count(selection)
     replay = Replay(
         id=new_id("rpl", now),
         selection=selection,
@@ -527,6 +531,20 @@ def _generation(relay: Relay, one: Generation) -> r.GenerationResource:
     account = relay.accounts.get(one.account)
     calls_back = account is not None and account.provider.calls_back
     return r.GenerationResource.of(one, relay.callbacks.url(one.account, one.id) if calls_back else None)
+
+
+async def _stored_before(call: Call[Any, Any], items: Sequence[r.EventPublish]) -> Sequence[Event] | None:
+    """What the Idempotency-Key has published, when the schema has become another one since; None when all of
+    it fits its schemas. Raises Invalid for what neither fits nor is stored."""
+    try:
+        await _check_data(call, items)
+    except Invalid:
+        store, key = call.relay.store, call.idempotency
+        kept = await store.events.published_by(call.tenant, key) if key is not None else None
+        if kept is None:
+            raise
+        return kept
+    return None
 
 
 async def _check_data(call: Call[Any, Any], items: Sequence[r.EventPublish]) -> None:

@@ -20,6 +20,7 @@ from relay.poll import Poller
 from relay.prune import Pruner
 from relay.pulse import Pulse
 from relay.redact import Redactor
+from relay.replay import Counting
 from relay.roster import Roster
 from relay.shard import Held
 from relay.store import Store
@@ -51,6 +52,7 @@ class Relay:
     gate: Gate
     test_limit: Limit
     replay_limit: Limit
+    counting: Counting
     pulse: Pulse
     redactor: Redactor
     metrics: Metrics

@@ -2,6 +2,7 @@
 
 from relay.key import Scope
 from relay.live import STREAMS
+from relay.replay import COUNTS
 from relay.store.types import MOST as MOST_TYPES
 from relay.web import admin, api
 from relay.web import resources as r
@@ -311,7 +312,7 @@ OPERATIONS = (
             409: "It is not finished, or its endpoint takes nothing",
             429: (
                 f"More than {api.REPLAYS_A_SECOND} replays a second, after the first"
-                f" {api.REPLAYS_AT_ONCE}: see Retry-After"
+                f" {api.REPLAYS_AT_ONCE}, or {COUNTS} are being counted: see Retry-After"
             ),
         },
     ),

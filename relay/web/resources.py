@@ -19,6 +19,7 @@ from relay import account, delivery, endpoint, event, generation, schema, select
 from relay import filter as filter_
 from relay.body import compact
 from relay.key import Key, Scope
+from relay.limit import LOWEST_RATE
 from relay.providers import PROVIDERS
 from relay.redact import BLOT
 from relay.signature import secret_key
@@ -135,7 +136,9 @@ Filter = Annotated[
         json_schema_extra={"minLength": 1, "maxLength": filter_.LONGEST},
     ),
 ]
-RateLimit = Annotated[float, Field(gt=0, le=10_000, description="Attempts a second, at most.")]
+RateLimit = Annotated[
+    float, Field(ge=LOWEST_RATE, le=10_000, description="Attempts a second, at most; 0.001 to 10,000.")
+]
 # What Relay shows to a provider, or a provider to Relay. Shorter ones could not be blotted out of a text.
 Credential = Annotated[str, Field(min_length=8, max_length=4096, pattern=r"^[\x21-\x7e]+$")]
 WebhookSecrets = Annotated[
@@ -603,9 +606,9 @@ class ReplayCreate(Request):
     until: Instant | None = Field(default=None, description="Now, without it; later is not looked at.")
     rate_limit: float = Field(
         default=selection.RATE_LIMIT,
-        gt=0,
+        ge=LOWEST_RATE,
         le=selection.HIGHEST_RATE_LIMIT,
-        description="How many a second each endpoint is given, at most.",
+        description="How many a second each endpoint is given, at most; 0.001 to 1,000.",
     )
     dry_run: bool = Field(default=False, description="Only count: nothing is replayed.")
 
@@ -734,7 +737,10 @@ class KeyCreate(Request):
     )
     expires_at: Annotated[Instant | None, Field(description="Without it, until it is revoked.")] = None
     rate_limit: float | None = Field(
-        default=None, gt=0, le=10_000, description="Requests a second, at most, for each relay."
+        default=None,
+        ge=LOWEST_RATE,
+        le=10_000,
+        description="Requests a second, at most, for each relay; 0.001 to 10,000.",
     )
 
 
