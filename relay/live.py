@@ -9,7 +9,7 @@ back with the last id that it has is told again what was made up to LATE before:
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -34,6 +34,9 @@ STREAMS = 50
 # What a reader may lag behind, before it has to come back with the last id that it has.
 MOST_EVENTS, MOST_BYTES = 1_000, 4 * 1024 * 1024
 _PAGE, _IDS = 100, 1_000
+# Who catches up holds so many bytes of bodies, or one body; and hears what comes when it lacks so few.
+_PORTION = 512 * 1024
+_NEARLY = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +48,15 @@ class Wish:
     account: str | None = None
     endpoint_id: str | None = None
 
-    def fits(self, event: Event, endpoints: Mapping[str, Endpoint | None]) -> bool:
+    def fits(self, event: Event, wanted: Mapping[str, Collection[str]]) -> bool:
+        """`wanted`: the ids of the events that endpoints get."""
         if self.types and event.type not in self.types:
             return False
         if self.generation_id is not None and event.generation_id != self.generation_id:
             return False
         if self.account is not None and event.account != self.account:
             return False
-        if self.endpoint_id is None:
-            return True
-        endpoint = endpoints[self.endpoint_id]
-        return endpoint is not None and (endpoint.wants(event) or is_test_of(event, endpoint.id))
+        return self.endpoint_id is None or event.id in wanted[self.endpoint_id]
 
 
 class Reader:
@@ -180,8 +181,8 @@ class _Channel:
         self.readers: set[Reader] = set()
         # Those that have caught up.
         self.hearing: set[Reader] = set()
-        # In the order in which they came to light.
-        self._seen: dict[str, None] = {}
+        # In the order in which they came to light; whether they did so here, or were there at the beginning.
+        self._seen: dict[str, bool] = {}
         self._swept_at = now() - LATE
         self._told_at = self._left_at = 0
         self._news, self._begun = asyncio.Event(), asyncio.Event()
@@ -214,29 +215,54 @@ class _Channel:
 
     async def missed(self, reader: Reader, after: str) -> AsyncIterator[Event]:
         """What was stored since the event `after` was told; then the reader hears what comes."""
-        if self._store.database.alone and after in self._seen:
-            # Only this relay can have told it, and so in this order.
+        told = {after}
+        settled = first_id("evt", max(0, self._now() - LATE))
+        if self._store.database.alone and self._seen.get(after):
+            # Only this relay can have told it: in the order of ids, or as it came to light.
             seen = list(self._seen)
-            missed = seen[seen.index(after) + 1 :]
+            place = seen.index(after)
+            cursor = min(after, settled)
+            told |= {id_ for id_ in seen[:place] if id_ < after}
+            missed = [id_ for id_ in seen[place + 1 :] if id_ <= cursor]
         else:
             cursor = first_id("evt", max(0, made_at(after) - LATE))
+            missed = []
+        while True:
+            async for event in self._each(reader, missed):
+                yield event
+            told.update(missed)
             # What is older than LATE changes no more.
-            while cursor < (settled := first_id("evt", self._now() - LATE)):
-                events = await self._store.events.between(self._tenant, cursor, settled, limit=_PAGE)
-                cursor = events[-1].id if len(events) == _PAGE else settled
-                for event in await self._wanted(reader, events):
-                    if event.id != after:
-                        yield event
-            missed = [id_ for id_ in self._seen if id_ > cursor and id_ != after]
+            settled = max(cursor, first_id("evt", max(0, self._now() - LATE)))
+            while cursor < settled:
+                ids = await self._store.events.ids(self._tenant, after=cursor, limit=_PAGE)
+                cursor = ids[-1] if len(ids) == _PAGE and ids[-1] < settled else settled
+                async for event in self._each(
+                    reader, [id_ for id_ in ids if id_ <= cursor and id_ not in told]
+                ):
+                    yield event
+            told = {id_ for id_ in told if id_ > cursor}
+            missed = [id_ for id_ in self._seen if id_ > cursor and id_ not in told]
+            if reader.ended or len(missed) < _NEARLY:
+                break
         if not reader.ended:
             self.hearing.add(reader)
-        for place in range(0, len(missed), _PAGE):
-            for event in await self._wanted(reader, await self._read(missed[place : place + _PAGE])):
-                yield event
+        async for event in self._each(reader, missed):
+            yield event
 
-    async def _wanted(self, reader: Reader, events: Sequence[Event]) -> Sequence[Event]:
-        endpoints = await self._endpoints([reader])
-        return [event for event in events if reader.wish.fits(event, endpoints)]
+    async def _each(self, reader: Reader, ids: Sequence[str]) -> AsyncIterator[Event]:
+        """What the reader wants of these, in their order, read at its pace."""
+        for place in range(0, len(ids), _PAGE):
+            some = ids[place : place + _PAGE]
+            sizes = await self._store.events.sizes(some)
+            endpoints = await self._endpoints([reader])
+            for portion in _portions([id_ for id_ in some if id_ in sizes], sizes):
+                if reader.ended:
+                    return
+                events = await self._read(portion)
+                wanted = await _wanted(endpoints, events)
+                for event in events:
+                    if reader.wish.fits(event, wanted):
+                        yield event
 
     async def _run(self) -> None:
         # What is there already is not news.
@@ -266,7 +292,7 @@ class _Channel:
 
     async def _begin(self) -> None:
         now = self._now()
-        self._seen = dict.fromkeys(await self._new(now - 2 * LATE))
+        self._seen = dict.fromkeys(await self._new(now - 2 * LATE), False)
         self._swept_at = now
         self._begun.set()
         self._tell(self._tenant)
@@ -287,24 +313,19 @@ class _Channel:
             # Seen when it is in every queue: who catches up meanwhile takes it from here, or from there.
             some = ids[place : place + _PAGE]
             events = await self._read(some) if self.hearing else []
-            endpoints = await self._endpoints(self.hearing) if events else {}
-            while any(one.wish.endpoint_id not in (None, *endpoints) for one in self.hearing if events):
-                endpoints = await self._endpoints(self.hearing)
-            self._seen |= dict.fromkeys(some)
-            for reader in list(self.hearing):
-                self._hand(reader, events, endpoints)
+            wanted: Mapping[str, Collection[str]] = {}
+            while events and any(one.wish.endpoint_id not in (None, *wanted) for one in self.hearing):
+                wanted = await _wanted(await self._endpoints(list(self.hearing)), events)
+            self._seen |= dict.fromkeys(some, True)
+            for event in events:
+                for reader in list(self.hearing):
+                    if reader.wish.fits(event, wanted):
+                        reader.put(event)
         if is_sweep:
             self._swept_at = now
             oldest = first_id("evt", max(0, now - 2 * LATE))
             while self._seen and (first := next(iter(self._seen))) < oldest:
                 del self._seen[first]
-
-    def _hand(
-        self, reader: Reader, events: Sequence[Event], endpoints: Mapping[str, Endpoint | None]
-    ) -> None:
-        for event in events:
-            if not reader.ended and reader.wish.fits(event, endpoints):
-                reader.put(event)
 
     async def _new(self, since: int) -> Sequence[str]:
         """Ids of what was not seen yet, of everything made since then."""
@@ -320,11 +341,37 @@ class _Channel:
         known = {event.id: event for event in await self._store.events.get_many(ids, browse=True)}
         return [known[id_] for id_ in ids if id_ in known]
 
-    async def _endpoints(self, readers: Collection[Reader]) -> Mapping[str, Endpoint | None]:
+    async def _endpoints(self, readers: Sequence[Reader]) -> Mapping[str, Endpoint | None]:
         """As they are now, those that readers name; a stream of one that is gone ends."""
         wanted = sorted({one.wish.endpoint_id for one in readers if one.wish.endpoint_id is not None})
         found = {id_: await self._store.endpoints.get(self._tenant, id_) for id_ in wanted}
-        for reader in list(readers):
+        for reader in readers:
             if reader.wish.endpoint_id is not None and found[reader.wish.endpoint_id] is None:
                 reader.end()
         return found
+
+
+def _portions(ids: Sequence[str], sizes: Mapping[str, int]) -> Iterator[Sequence[str]]:
+    portion, size = list[str](), 0
+    for id_ in ids:
+        if portion and size + sizes[id_] > _PORTION:
+            yield portion
+            portion, size = [], 0
+        portion.append(id_)
+        size += sizes[id_]
+    if portion:
+        yield portion
+
+
+async def _wanted(
+    endpoints: Mapping[str, Endpoint | None], events: Sequence[Event]
+) -> Mapping[str, Collection[str]]:
+    """The ids of what each of the endpoints gets."""
+    wanted: dict[str, set[str]] = {id_: set() for id_ in endpoints}
+    for event in events if endpoints else ():
+        for id_, endpoint in endpoints.items():
+            if endpoint is not None and (endpoint.wants(event) or is_test_of(event, id_)):
+                wanted[id_].add(event.id)
+        # Others get on between them.
+        await asyncio.sleep(0)
+    return wanted

@@ -25,6 +25,11 @@ ORDER = {
 }
 
 
+def unevaluated(depth: int) -> dict[str, Any]:
+    inner = unevaluated(depth - 1) if depth else {}
+    return {"allOf": [inner], "unevaluatedProperties": {"type": "integer"}}
+
+
 async def test_what_does_not_fit_its_type_is_refused_and_the_place_is_named(
     database_url: str, world: World
 ) -> None:
@@ -91,6 +96,15 @@ async def test_what_does_not_fit_its_type_is_refused_and_the_place_is_named(
             "parts",
         ),
         ({"properties": {f"a{n}": {"pattern": "a"} for n in range(30)}}, "patterns"),
+        ({"patternProperties": {f"a{n}": True for n in range(30)}}, "patterns"),
+        ({"enum": list(range(schema.MOST_PARTS))}, "parts"),
+        ({"anyOf": [False] * schema.MOST_PARTS}, "parts"),
+        (unevaluated(9), "parts"),
+        # What a JSON Pointer reads otherwise than it is written.
+        ({"$ref": "#/$defs/l~10", "$defs": {"l~10": {}, "l/0": {"$ref": "#/$defs/l~10"}}}, "letters"),
+        ({"$ref": "#/$defs/%61", "$defs": {"a": {}}}, "is none of its own"),
+        ({"$ref": "#/$defs/l~10", "$defs": {"l": {}}}, "is none of its own"),
+        ({"$defs": {"%61": {}}}, "letters"),
     ],
 )
 def test_a_schema_that_is_none_or_too_much_is_refused(given: dict[str, Any], said: str) -> None:
@@ -105,6 +119,32 @@ def test_a_pattern_takes_no_longer_than_its_text() -> None:
     assert schema.complaint(text, {"a": "a" * 200_000 + "!"}) is not None
     assert schema.complaint(text, {"b": [{"n": n} for n in range(15_000)]}) is None
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("given", "data"),
+    [
+        ({"items": {"enum": ["x", *range(400)]}}, [399] * 60_000),
+        ({"items": {"anyOf": [{"const": number} for number in range(80)]}}, [79] * 60_000),
+        ({"allOf": [{"uniqueItems": True}] * 150}, [{"n": number} for number in range(20_000)]),
+        ({"items": {"allOf": [{"multipleOf": 0.1}] * 20}}, [10**299] * 800),
+        (unevaluated(2), {str(number): number for number in range(15_000)}),
+    ],
+)
+def test_no_schema_takes_long(given: dict[str, Any], data: Any) -> None:
+    text = schema.checked({"properties": {"a": given}})
+    began = time.process_time()
+    found = schema.complaint(text, {"a": data})
+    # A tenth of a second; without the bound, many seconds.
+    assert time.process_time() - began < 1
+    assert found is None or "too large" in found[1]
+
+
+def test_an_ordinary_schema_takes_large_data() -> None:
+    item = {"type": "object", "required": ["id"], "properties": {"id": {"type": "string"}}}
+    text = schema.checked({"properties": {"items": {"type": "array", "items": item}}})
+    assert schema.complaint(text, {"items": [{"id": str(number)} for number in range(10_000)]}) is None
+    assert schema.complaint(text, {"items": [], "more": "x" * 250_000}) is None
 
 
 async def test_nothing_is_ever_fetched_for_a_schema(world: World) -> None:

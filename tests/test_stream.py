@@ -2,9 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,10 +13,12 @@ import pytest
 from httpx_sse import EventSource, ServerSentEvent
 
 from relay import live
+from relay.endpoint import Endpoint
 from relay.event import Event, envelope
 from relay.ids import new_id
-from relay.store import open_database, store_on
+from relay.store import Store, open_database, store_on
 from relay.store.events import Handoff
+from relay.store.migrate import migrate
 from tests.conftest import World
 from tests.fleet import Fleet
 from tests.keyring import KEYRING
@@ -391,3 +394,120 @@ async def test_who_comes_back_is_told_of_older_events_that_were_committed_meanwh
     # The first one has seen them by now, and the other one has not looked yet.
     async with listening(one.api, after=told) as here, listening(other.api, after=told) as there:
         await until(lambda: all({one.id for one in late} <= {*seen.ids} for seen in (here, there)))
+
+
+@asynccontextmanager
+async def streams(folder: Path, now: Callable[[], int]) -> AsyncIterator[tuple[Store, live.Live]]:
+    """A store of one relay alone, and its streams."""
+    database = await open_database(f"sqlite:///{folder}/relay.db")
+    await migrate(database, now=0)
+    store = store_on(database, KEYRING)
+    streams = live.Live(store, ring=lambda *_: None, now=now)
+    try:
+        yield store, streams
+    finally:
+        await streams.close()
+        await database.close()
+
+
+async def put(store: Store, *events: Event) -> None:
+    await store.events.announce(events, Handoff("nobody", 0, lambda *_: False), now=0)
+
+
+async def told(reader: live.Reader, count: int) -> list[str]:
+    ids = list[str]()
+    async with asyncio.timeout(20):
+        async for event in reader:
+            ids.append(event.id)
+            if len(ids) == count:
+                break
+    return ids
+
+
+async def test_what_was_told_before_a_restart_is_not_taken_for_all_that_was_made_before(
+    tmp_path: Path, world: World
+) -> None:
+    late, young = made(world.clock() - 5_000, 1), made(world.clock(), 2)
+    async with streams(tmp_path, world.clock) as (store, before):
+        reader = await before.open("default", live.Wish())
+        for event in (young, late):
+            await put(store, event)
+            before.stored(["default"])
+            assert await told(reader, 1) == [event.id]
+    async with streams(tmp_path, world.clock) as (_, after):
+        # It was gone before the late one.
+        assert await told(await after.open("default", live.Wish(), after=young.id), 1) == [late.id]
+
+
+async def test_who_was_told_in_the_order_of_ids_misses_nothing_that_came_to_light_before(
+    tmp_path: Path, world: World
+) -> None:
+    early, late, young = [made(world.clock() + at, at) for at in (0, 1_000, 2_000)]
+    async with streams(tmp_path, world.clock) as (store, one):
+        reader = await one.open("default", live.Wish())
+        for event in (early, young, late):
+            await put(store, event)
+            one.stored(["default"])
+            assert await told(reader, 1) == [event.id]
+        world.clock.forward(seconds=live.LATE / 1000 + 10)
+        back = await one.open("default", live.Wish(), after=early.id)
+        assert await told(back, 1) == [late.id]
+        again = await one.open("default", live.Wish(), after=late.id)
+        assert await told(again, 1) == [young.id]
+
+
+async def test_who_catches_up_at_its_own_pace_is_not_dropped_for_what_comes_meanwhile(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MOST_EVENTS", 60)
+    monkeypatch.setattr(live, "_PORTION", 1_000)
+    first, *old = [made(world.clock() - 300 + number, number) for number in range(301)]
+    async with streams(tmp_path, world.clock) as (store, one):
+        await put(store, first, *old)
+        slow = aiter(await one.open("default", live.Wish(), after=first.id))
+        quick = await one.open("default", live.Wish())
+        seen = [(await anext(slow)).id]
+        stored = [event.id for event in old]
+        async with asyncio.timeout(30):
+            for turn in range(3):
+                news = [made(world.clock() + 1 + turn, number) for number in range(50)]
+                await put(store, *news)
+                one.stored(["default"])
+                assert sorted(await told(quick, 50)) == sorted(event.id for event in news)
+                stored += [event.id for event in news]
+            while len(seen) < len(stored):
+                seen.append((await anext(slow)).id)
+    assert sorted(seen) == sorted(stored)
+
+
+def test_who_catches_up_holds_a_portion_of_the_bodies_at_once() -> None:
+    sizes = {"a": live._PORTION, "b": 1, "c": live._PORTION - 1, "d": 1, "e": 2 * live._PORTION}
+    assert list(live._portions(list(sizes), sizes)) == [["a"], ["b", "c"], ["d"], ["e"]]
+
+
+async def test_streams_of_endpoints_may_join_while_news_are_looked_at(
+    tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with streams(tmp_path, world.clock) as (store, one):
+        ids = ["ep_1", "ep_2"]
+        for id_ in ids:
+            endpoint = Endpoint(id_, "default", "https://a.example/", [], 0, 0, event_types=["order.shipped"])
+            await store.endpoints.create(endpoint, None)
+        reader = await one.open("default", live.Wish(endpoint_id=ids[0]))
+
+        async def come_and_go() -> None:
+            while True:
+                await asyncio.sleep(0)
+                (await one.open("default", live.Wish(endpoint_id=ids[1]))).close()
+                other = await one.open("default", live.Wish(endpoint_id=ids[1]))
+                await asyncio.sleep(0.001)
+                other.close()
+
+        others = asyncio.create_task(come_and_go())
+        for number in range(30):
+            event = made(world.clock(), number)
+            await put(store, event)
+            one.stored(["default"])
+            assert await told(reader, 1) == [event.id]
+        others.cancel()
+    assert not [record for record in caplog.records if record.message.startswith("stream.not_read")]

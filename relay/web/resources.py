@@ -457,7 +457,8 @@ class EventTypePut(Request):
         alias="schema",
         description="JSON Schema, Draft 2020-12, that the `data` of its events must fit from now on. It may"
         f" refer to its own $defs only, and not in circles; {schema.LARGEST} bytes, {schema.MOST_PARTS} parts"
-        f" and {schema.MOST_PATTERNS} patterns at most.",
+        f" and {schema.MOST_PATTERNS} patterns at most, and {schema.MOST_WORK} parts times values of the"
+        " data of an event.",
     )
 
 
