@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import logging
 import random
 import signal
 import statistics
@@ -215,7 +216,18 @@ class Soak:
             await self._rest(every)
             if self.over.is_set():
                 return
+            self.say(how.name)
             await self.relay.restart(how)
+
+    def say(self, why: str) -> None:
+        """One line of how it stands."""
+        last, books = self.samples[-1], self.books
+        sizes = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in last.mib.items())
+        console.print(
+            f"{last.seconds / 60:4.0f} min {why}: {books.acknowledged.count(1):,} acknowledged,"
+            f" {last.open:,} under way, {sizes}",
+            highlight=False,
+        )
 
     async def sample(self) -> None:
         while True:
@@ -287,6 +299,7 @@ async def soak(directory: Path, *, minutes: float, rate: float, every: float) ->
                 working.append(group.create_task(it.fail_providers()))
                 working.append(group.create_task(it.restart(every * 60)))
                 await asyncio.sleep(minutes * 60)
+                it.say("is over, what is owed is waited for")
                 it.over.set()
                 await asyncio.wait(working)
                 await it.settle(timeout=600)
@@ -374,6 +387,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was seen and all samples there")
     parser.add_argument("--plot", type=Path, help="draw memory and files there (SVG)")
     arguments = parser.parse_args()
+    # Callbacks to a relay that is just being restarted are a part of it.
+    logging.getLogger("relay.simulator").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as directory:
         it = uvloop.run(
             soak(Path(directory), minutes=arguments.minutes, rate=arguments.rate, every=arguments.every)
