@@ -6,6 +6,10 @@ key_ API key · aud_ entry of the audit log
 
 from ulid import ULID
 
+# Milliseconds from an id's making to its commit, at most: more than a transaction may take, and more than
+# clocks may differ.
+LATE = 30_000
+
 
 def new_id(prefix: str, now: int) -> str:
     """A new id; `now` is unix milliseconds, the rest is random."""

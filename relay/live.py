@@ -16,13 +16,10 @@ from dataclasses import dataclass
 from relay.endpoint import Endpoint
 from relay.errors import Limited, StoreError
 from relay.event import Event, is_test_of
-from relay.ids import first_id, made_at
+from relay.ids import LATE, first_id, made_at
 from relay.store import Store
 
 log = logging.getLogger(__name__)
-# Milliseconds from an id's making to its commit, at most: more than a transaction may take, and more than
-# clocks may differ.
-LATE = 30_000
 # All of that is looked through so often, what is younger whenever there may be something; seconds.
 _SWEEP = 1.0
 _YOUNG = 2_000

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from relay.errors import Limited, StoreError
+from relay.ids import LATE
 from relay.selection import Found, Replay, Selection, choose, position_before
 from relay.store import Store
 
@@ -25,8 +26,6 @@ COUNTS, COUNT_PAUSE = 5, 2_000
 LOOKS = 20
 # Deliveries that one transaction makes pending.
 MOST = 500
-# What another relay announces may have been committed so much later than it was made, milliseconds.
-IN_FLIGHT = 2_000
 
 
 class Counting:
@@ -131,4 +130,4 @@ async def _go_on(store: Store, replay: Replay, *, now: int) -> set[str]:
 
 def _committed(store: Store, replay: Replay, now: int) -> int:
     """Nothing that was made before this time is still to be committed."""
-    return replay.selection.until if store.database.alone else min(replay.selection.until, now - IN_FLIGHT)
+    return replay.selection.until if store.database.alone else min(replay.selection.until, now - LATE)

@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 
+from relay.ids import LATE
+from relay.times import rfc3339
 from tests.conftest import World
 from tests.fleet import Fleet
 from tests.program import THOROUGH, Program, Receiver, drained, everything, seeded, was_in_flight
@@ -74,11 +76,19 @@ async def test_a_replay_goes_on_after_each_kill_and_makes_everything_once(tmp_pa
     database.close()
 
 
+def long_ago(world: World) -> str:
+    """Now, a moment later: what was made before is certainly written."""
+    now = world.clock() + 1
+    world.clock.forward(seconds=LATE / 1000 + 1)
+    return rfc3339(now)
+
+
 async def test_a_fleet_goes_on_with_a_replay_when_the_relay_that_was_at_it_leaves(world: World, fleet: Fleet):
-    relays = await fleet.joined(2)
-    ids = await publish(relays[0], 60)
-    endpoint = await world.endpoint(relays[0], "/late", event_types=[SHIPPED])
-    of = {"status": "missing", "endpoint_id": endpoint["id"]}
+    [first] = await fleet.joined(1)
+    ids = await publish(first, 60)
+    endpoint = await world.endpoint(first, "/late", event_types=[SHIPPED])
+    of = {"status": "missing", "endpoint_id": endpoint["id"], "until": long_ago(world)}
+    relays = [first, *await fleet.joined(1)]
     assert [await counted(one, **of) for one in relays] == [60, 60]
     holder = await fleet.holder(endpoint["id"])
     assert holder is not None
@@ -94,11 +104,13 @@ async def test_a_fleet_goes_on_with_a_replay_when_the_relay_that_was_at_it_leave
 
 
 async def test_a_replay_of_all_endpoints_is_sent_by_the_relays_that_hold_them(world: World, fleet: Fleet):
-    relays = await fleet.joined(2)
-    ids = await publish(relays[0], 20)
+    [first] = await fleet.joined(1)
+    ids, until = await publish(first, 20), long_ago(world)
+    relays = [first, *await fleet.joined(1)]
     for number in range(6):
         await world.endpoint(relays[number % 2], f"/{number}", event_types=[SHIPPED])
-    asked = {"status": "missing", "since": "2020-01-01T00:00:00Z", "rate_limit": 1000}
+    since = "2020-01-01T00:00:00Z"
+    asked = {"status": "missing", "since": since, "until": until, "rate_limit": 1000}
     answers = await asyncio.gather(*(one.api.post("/v1/replays", json=asked) for one in relays * 2))
     assert sorted(one.status_code for one in answers) == [202, 409, 409, 409]
     [made] = [one.json() for one in answers if one.status_code == 202]

@@ -17,7 +17,7 @@ from relay.delivery import Status as Is
 from relay.endpoint import Endpoint
 from relay.errors import Conflict, Limited, StoreError
 from relay.event import Event
-from relay.ids import new_id
+from relay.ids import LATE, new_id
 from relay.replay import COUNTS, Counting, advance, count
 from relay.selection import Replay, Selection, Status, Wanted
 from relay.store import Store
@@ -226,7 +226,7 @@ async def test_what_a_replay_has_sent_and_failed_again_is_not_sent_by_it_again(s
     endpoint = await failed(store, 2)
     replay = await begun(store, Wanted.ALL, endpoint_id=endpoint.id, rate=1)
     now = SOON
-    for _ in range(20):
+    for _ in range(20 + LATE // SECOND):
         now += SECOND
         await beat(store, now)
         claimed = await store.deliveries.claim({endpoint.id: 9}, now=now, lease="l", lease_until=now + SECOND)
@@ -388,6 +388,21 @@ async def test_what_is_listed_comes_between_counts(tmp_path: Path):
         listing = store.deliveries.page(TENANT, {}, limit=9, cursor=None)
         await asyncio.gather(*counts, noted("list", listing))
     assert order.index("list") <= 1
+
+
+async def test_what_another_relay_writes_late_is_not_passed_over(store: Store):
+    endpoint = await registered(store, event_types=["a.b"])
+    replay = await begun(store, Wanted.MISSING)
+    await beat(store, SOON + LATE // 2)
+    # Its transaction did not see the endpoint, and ends only now.
+    await store.endpoints.disable(TENANT, endpoint.id, reason="why", now=SOON)
+    late = an_event(id=new_id("evt", SOON - 1))
+    await store.events.announce([late], NOTHING_HANDED_OVER, now=SOON + LATE // 2)
+    await store.endpoints.enable(TENANT, endpoint.id, now=SOON)
+    done = await ended(store, replay, now=SOON + LATE // 2)
+    # Beside a file there is no other relay.
+    assert done.done == (0 if store.database.alone else 1)
+    assert (done.ended_at or 0) - SOON < LATE + SECOND
 
 
 async def test_what_ended_long_ago_is_forgotten_and_what_goes_on_is_not(store: Store):
