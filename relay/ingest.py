@@ -57,6 +57,7 @@ class Ingest:
     async def publish(self, publication: Publication) -> Sequence[Event]:
         """The events as they are stored, durably, all or none; earlier ones where there are any of the same
         `source_id` or Idempotency-Key. Raises Refused when that key was used for something else."""
+        await self._filter(publication)
         result = await self._published(publication)
         if isinstance(result, Refused):
             raise result
@@ -121,6 +122,14 @@ class Ingest:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left if self._store.database.alone else min(left, LOOK_AGAIN)):
                     await bell.wait()
+
+    async def _filter(self, publication: Publication) -> None:
+        """Asks the filters now, with pauses: the transaction, which others wait for, will find them asked."""
+        endpoints = await self._store.endpoints.filtering(publication.tenant)
+        for event in publication.events:
+            for one in endpoints:
+                one.wants(event)
+                await asyncio.sleep(0)
 
     async def _publish(self, publications: Sequence[Publication]) -> Sequence[Sequence[Event] | Refused]:
         handoff = self._handoff()
