@@ -1,14 +1,15 @@
 """Filters on the payload: a JMESPath expression over an event's body, `{type, timestamp, data}`.
 
 What it finds is wanted unless that is nothing, by JMESPath's own word: null, false, or an empty text, list or
-object. It can take no longer than some milliseconds: its length is limited, it builds nothing that grows, and
-whoever needs more than STEPS gets nothing.
+object. It cannot take longer than a few milliseconds: its length is limited, it builds nothing that grows,
+and whoever needs more than STEPS gets nothing.
 """
 
 import json
 import logging
 import warnings
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any
 
 import jmespath
@@ -18,9 +19,13 @@ from jmespath.visitor import Options, TreeInterpreter
 
 log = logging.getLogger(__name__)
 LONGEST, DEEPEST = 1_000, 100
-STEPS = 5_000
-# So many elements or characters of a value cost a step too.
-_GRAIN = 64
+STEPS = 1_000
+# So many elements of a value cost a step too, so many characters, and so many of all that is in a value when
+# it is compared, searched or sorted.
+_GRAIN, _GRAIN_OF_TEXT, _GRAIN_OF_ALL = 64, 1_024, 8
+# What a filter has found lately: of so many bodies.
+_KNOWN = 200
+_AT_ONCE = {"length", "type"}
 # What makes more of what it is given, and again of that.
 _GROWS = {"multi_select_list": "[a, b]", "multi_select_dict": "{a: b}"}
 _REFUSED = {"join", "map", "merge", "to_array", "to_string"}
@@ -38,12 +43,50 @@ class _Interpreter(TreeInterpreter):
 
     def visit(self, node: Any, *args: Any, **kwargs: Any) -> Any:
         value = super().visit(node, *args, **kwargs)
-        self._left -= 1
-        if isinstance(value, list | dict | str):
-            self._left -= len(value) // _GRAIN
+        if isinstance(value, list | dict):
+            self._pay(1 + len(value) // _GRAIN)
+        else:
+            self._pay(1 + (len(value) // _GRAIN_OF_TEXT if isinstance(value, str) else 0))
+        return value
+
+    def visit_comparator(self, node: Any, value: Any) -> Any:
+        if node["value"] not in ("eq", "ne"):
+            return super().visit_comparator(node, value)
+        left, right = [self.visit(child, value) for child in node["children"]]
+        if isinstance(left, list | dict) and isinstance(right, list | dict):
+            self._pay_for_all(left)
+        return self.COMPARATOR_FUNC[node["value"]](left, right)
+
+    def visit_flatten(self, node: Any, value: Any) -> Any:
+        base = self.visit(node["children"][0], value)
+        if not isinstance(base, list):
+            return None
+        self._pay(len(base) // _GRAIN_OF_ALL)
+        return [one for each in base for one in (each if isinstance(each, list) else [each])]
+
+    def visit_function_expression(self, node: Any, value: Any) -> Any:
+        arguments = [self.visit(child, value) for child in node["children"]]
+        if node["value"] not in _AT_ONCE:
+            self._pay_for_all(arguments)
+        return _FUNCTIONS.call_function(node["value"], arguments)
+
+    def _pay(self, steps: int) -> None:
+        self._left -= steps
         if self._left < 0:
             raise _TooMuch(f"it took more than {STEPS} steps")
-        return value
+
+    def _pay_for_all(self, value: Any) -> None:
+        """For everything that is in a value, before it is looked at."""
+        waiting, count = [value], 0
+        while waiting:
+            inside = waiting.pop()
+            if not isinstance(inside, list | dict):
+                continue
+            count += len(inside)
+            if count > self._left * _GRAIN_OF_ALL:
+                self._pay(STEPS + 1)
+            waiting += inside if isinstance(inside, list) else inside.values()
+        self._pay(count // _GRAIN_OF_ALL)
 
 
 class _Filter:
@@ -51,8 +94,17 @@ class _Filter:
 
     def __init__(self, tree: Any) -> None:
         self._tree, self._has_failed = tree, False
+        self._known: dict[bytes, bool] = {}
 
     def passes(self, body: bytes, *, endpoint: str) -> bool:
+        digest = _digest(body)
+        if digest not in self._known:
+            if len(self._known) >= _KNOWN:
+                del self._known[next(iter(self._known))]
+            self._known[digest] = self._find(body, endpoint)
+        return self._known[digest]
+
+    def _find(self, body: bytes, endpoint: str) -> bool:
         try:
             found = _Interpreter().visit(self._tree, _content(body))
         except Exception as error:
@@ -65,7 +117,7 @@ class _Filter:
 
 def passes(expression: str, body: bytes, *, endpoint: str) -> bool:
     """Whether the filter of an endpoint lets this body through. Where it makes no sense of it, it does not:
-    the log says so once."""
+    the log says so once. Asked again soon, it knows."""
     return _compiled(expression).passes(body, endpoint=endpoint)
 
 
@@ -89,6 +141,11 @@ def _compiled(expression: str) -> _Filter:
 @lru_cache(maxsize=1)
 def _content(body: bytes) -> Any:
     return json.loads(body)
+
+
+@lru_cache(maxsize=1)
+def _digest(body: bytes) -> bytes:
+    return blake2b(body, digest_size=16).digest()
 
 
 def _parsed(expression: str) -> Any:

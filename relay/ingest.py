@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from relay.batch import Batch
 from relay.delivery import Claimed
+from relay.endpoint import Endpoint
 from relay.errors import Refused
 from relay.event import ENDINGS, UNKNOWN_STATUS, Event, account_failing, account_recovered, news
 from relay.generation import Generation
@@ -21,6 +22,8 @@ from relay.tracing import Tracing
 log = logging.getLogger(__name__)
 # Another relay may have recorded the end that is waited for; seconds.
 LOOK_AGAIN = 1.0
+# Which filters a tenant has, for so many tenants, is read again after so many milliseconds.
+MOST_TENANTS, FILTERS_READ_EVERY = 1_000, 5_000
 
 
 class Ingest:
@@ -47,6 +50,7 @@ class Ingest:
         self._published: Batch[Publication, Sequence[Event] | Refused] = Batch(
             self._publish, observed=metrics.written("publish")
         )
+        self._filtering: dict[str, tuple[int, Sequence[Endpoint]]] = {}
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self._stopping = False
 
@@ -57,6 +61,7 @@ class Ingest:
     async def publish(self, publication: Publication) -> Sequence[Event]:
         """The events as they are stored, durably, all or none; earlier ones where there are any of the same
         `source_id` or Idempotency-Key. Raises Refused when that key was used for something else."""
+        await self._filter(publication)
         result = await self._published(publication)
         if isinstance(result, Refused):
             raise result
@@ -121,6 +126,21 @@ class Ingest:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left if self._store.database.alone else min(left, LOOK_AGAIN)):
                     await bell.wait()
+
+    async def _filter(self, publication: Publication) -> None:
+        """Asks the filters now, with pauses: the transaction, which others wait for, will find them asked, but
+        those that have just come."""
+        tenant, now = publication.tenant, self._now()
+        read_at, endpoints = self._filtering.get(tenant, (0, []))
+        if not 0 <= now - read_at < FILTERS_READ_EVERY:
+            endpoints = await self._store.endpoints.filtering(tenant)
+            if len(self._filtering) >= MOST_TENANTS:
+                self._filtering.clear()
+            self._filtering[tenant] = now, endpoints
+        for event in publication.events:
+            for one in endpoints:
+                one.wants(event)
+                await asyncio.sleep(0)
 
     async def _publish(self, publications: Sequence[Publication]) -> Sequence[Sequence[Event] | Refused]:
         handoff = self._handoff()

@@ -369,6 +369,6 @@ async def _wanted(
         for id_, endpoint in endpoints.items():
             if endpoint is not None and (endpoint.wants(event) or is_test_of(event, id_)):
                 wanted[id_].add(event.id)
-        # Others get on between them.
-        await asyncio.sleep(0)
+            # Others get on between them.
+            await asyncio.sleep(0)
     return wanted

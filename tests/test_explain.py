@@ -459,6 +459,10 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
         lambda store: store.events.ids(TENANT, after=row("evt", COUNT // 2), limit=100),
         Expected({"SEARCH events (id>?)"}, rows=2 * 101),
     ),
+    "whose filters to ask": (
+        lambda store: store.endpoints.filtering(TENANT),
+        Expected(set(), rows=1),
+    ),
     "what a stream has missed": (
         lambda store: store.events.sizes([row("evt", OLD), row("evt", COUNT)]),
         Expected(set(), rows=2),

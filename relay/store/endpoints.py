@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from relay.endpoint import Endpoint, Secret, rotated, with_ed25519
+from relay.errors import Conflict
 from relay.keyring import KeyRing
 from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
@@ -14,6 +15,8 @@ from relay.store.filters import where
 from relay.store.idempotency import Idempotency, reserve
 from relay.store.sealed import opened
 
+# Of a tenant: each is asked about every event, in the transaction that stores it.
+MOST_FILTERS = 20
 _CHANGEABLE = ("url", "description", "event_types", "accounts", "filter", "headers", "rate_limit", "metadata")
 _JSON = ("event_types", "accounts", "metadata")
 
@@ -28,13 +31,16 @@ class Endpoints:
     async def create(
         self, endpoint: Endpoint, idempotency: Idempotency | None, *, entry: Entry | None = None
     ) -> Endpoint | None:
-        """The new endpoint, or the one that the key created before; None when that one is gone."""
+        """The new endpoint, or the one that the key created before; None when that one is gone. Raises
+        Conflict when it has a filter and MOST_FILTERS others have."""
         async with self._db.write() as tx:
             before = await reserve(
                 tx, endpoint.tenant, idempotency, resource_id=endpoint.id, status=201, now=endpoint.created_at
             )
             if before is not None:
                 return await self._get(tx, endpoint.tenant, before[0])
+            if endpoint.filter is not None:
+                await _check_filters(tx, endpoint.tenant, endpoint.id)
             await tx.execute(
                 """
                 INSERT INTO endpoints (
@@ -54,6 +60,18 @@ class Endpoints:
     async def get(self, tenant: str, endpoint_id: str) -> Endpoint | None:
         async with self._db.read() as tx:
             return await self._get(tx, tenant, endpoint_id)
+
+    async def filtering(self, tenant: str) -> Sequence[Endpoint]:
+        """Those with a filter that take something."""
+        async with self._db.read() as tx:
+            rows = await tx.fetch(
+                """
+                SELECT * FROM endpoints
+                WHERE tenant = :tenant AND deleted_at IS NULL AND disabled_at IS NULL AND filter IS NOT NULL
+                """,
+                tenant=tenant,
+            )
+        return [read_endpoint(self._keyring, row) for row in rows]
 
     async def page(self, tenant: str, *, limit: int, cursor: str | None) -> Sequence[Endpoint]:
         """Newest first, those after the id `cursor`."""
@@ -81,7 +99,8 @@ class Endpoints:
     ) -> Endpoint | None:
         """Writes the fields that `changes` names, and no other; the endpoint then, None without one.
 
-        `ed25519` gives it a key of that kind, or takes it away.
+        `ed25519` gives it a key of that kind, or takes it away. Raises Conflict for a filter when
+        MOST_FILTERS others have one.
         """
         values = {
             name: json.dumps(value) if name in _JSON else value
@@ -91,6 +110,8 @@ class Endpoints:
         if "headers" in changes:
             values["headers"] = self._sealed_headers(tenant, endpoint_id, changes["headers"])
         async with self._db.write() as tx:
+            if values.get("filter") is not None:
+                await _check_filters(tx, tenant, endpoint_id)
             changed = await tx.execute(
                 f"""
                 UPDATE endpoints SET {"".join(f"{name} = :{name}, " for name in values)} updated_at = :now
@@ -217,6 +238,22 @@ class Endpoints:
     def _sealed_secrets(self, tenant: str, endpoint_id: str, secrets: Sequence[Secret]) -> str:
         place = ("endpoints", "secrets", endpoint_id, tenant)
         return self._keyring.seal(json.dumps([asdict(one) for one in secrets]), *place)
+
+
+async def _check_filters(tx: Transaction, tenant: str, endpoint_id: str) -> None:
+    [row] = await tx.fetch(
+        """
+        SELECT COUNT(*) AS count FROM endpoints
+        WHERE tenant = :tenant AND deleted_at IS NULL AND filter IS NOT NULL AND id <> :id
+        """,
+        tenant=tenant,
+        id=endpoint_id,
+    )
+    if row["count"] >= MOST_FILTERS:
+        raise Conflict(
+            f"{MOST_FILTERS} endpoints have a filter, and no more can: remove one, or choose by event_types"
+            " and accounts"
+        )
 
 
 async def disable(tx: Transaction, endpoint_ids: Iterable[str], *, reason: str, now: int) -> Sequence[str]:

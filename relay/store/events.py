@@ -1,5 +1,6 @@
 """Events at rest: the one transaction in which a generation moves, is announced and fans out."""
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
@@ -236,6 +237,9 @@ async def fan_out(
         for endpoint in endpoints.values():
             if endpoint.tenant == event.tenant and endpoint.wants(event):
                 rows.append(_delivery(event, endpoint.id, None, handoff, now=now))
+            if endpoint.filter is not None:
+                # Others get on between them.
+                await asyncio.sleep(0)
         url = (callbacks or {}).get(event.generation_id or "")
         if url is not None:
             rows.append(_delivery(event, None, url, handoff, now=now))

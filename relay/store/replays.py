@@ -1,5 +1,6 @@
 """Replays at rest, and what they are of."""
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -483,12 +484,11 @@ async def _held_back(
         rows = await tx.fetch(
             "SELECT id, body FROM events WHERE id IN (:ids)", ids=ids[start : start + BODIES]
         )
-        held_back |= {
-            (row["id"], one.id)
-            for row in rows
-            for one in filtered[row["id"]]
-            if not one.lets_through(row["body"])
-        }
+        for row in rows:
+            held_back |= {
+                (row["id"], one.id) for one in filtered[row["id"]] if not one.lets_through(row["body"])
+            }
+            await asyncio.sleep(0)
     return held_back
 
 

@@ -3,6 +3,7 @@
 from relay.key import Scope
 from relay.live import STREAMS
 from relay.replay import COUNTS
+from relay.store.endpoints import MOST_FILTERS
 from relay.store.types import MOST as MOST_TYPES
 from relay.web import admin, api
 from relay.web import resources as r
@@ -22,7 +23,10 @@ OPERATIONS = (
         "Register a URL",
         api.create_endpoint,
         r.EndpointWithSecret,
-        {201: "Registered; the secret is shown here and by GET …/secret only"},
+        {
+            201: "Registered; the secret is shown here and by GET …/secret only",
+            409: f"{MOST_FILTERS} endpoints have a filter already, or what this key created is gone",
+        },
         body=r.EndpointCreate,
         creates=True,
         example=_ENDPOINT,
@@ -47,7 +51,7 @@ OPERATIONS = (
         "Change an endpoint",
         api.change_endpoint,
         r.EndpointResource,
-        {200: "Changed", 404: _FOUND[404]},
+        {200: "Changed", 404: _FOUND[404], 409: f"{MOST_FILTERS} endpoints have a filter already"},
         body=r.EndpointChange,
         example={"description": "orders"},
     ),

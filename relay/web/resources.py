@@ -113,6 +113,8 @@ def _said(**schema: Any) -> Any:
 _TYPE = rf"^{event.TYPE.pattern}$"
 _OURS = "|".join(event.RESERVED).replace(".", r"\.")
 Url = Annotated[str, _said(pattern="^https?://")]
+# What has a name of its own, or an id.
+Name = Annotated[str, Field(max_length=255)]
 Metadata = Annotated[Mapping[str, Any], AfterValidator(_small)]
 EventType = Annotated[str, AfterValidator(_event_type), _said(pattern=_TYPE, maxLength=128)]
 PublishedType = Annotated[
@@ -158,9 +160,10 @@ class _Input(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _can_be_stored(cls, value: object) -> object:
-        # PostgreSQL has no such text, not even to look for it.
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("must not contain the character U+0000")
+        # A database has no such text, not even to look for it.
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (found := re.search("[\0\ud800-\udfff]", text)):
+                raise ValueError(f"must not contain the character U+{ord(found[0]):04X}")
         return value
 
 
@@ -202,7 +205,7 @@ class EndpointCreate(Request):
     url: Url
     description: str | None = Field(default=None, max_length=1000)
     event_types: Annotated[list[EventType], Field(max_length=100)] | None = None
-    accounts: Annotated[list[str], Field(max_length=100)] | None = None
+    accounts: Annotated[list[Name], Field(max_length=100)] | None = None
     filter: Filter | None = None
     headers: Headers | None = None
     rate_limit: RateLimit | None = None
@@ -224,7 +227,7 @@ class EndpointChange(Request):
     url: Url = ""
     description: str | None = Field(default=None, max_length=1000)
     event_types: Annotated[list[EventType], Field(max_length=100)] | None = None
-    accounts: Annotated[list[str], Field(max_length=100)] | None = None
+    accounts: Annotated[list[Name], Field(max_length=100)] | None = None
     filter: Filter | None = None
     headers: Headers | None = Field(
         default=None, description=f"All of them; the value {BLOT} keeps the one that is there."
@@ -312,7 +315,7 @@ class SecretResource(Resource):
 
 
 class GenerationCreate(Request):
-    account: str
+    account: Name
     job_id: JobId | None = None
     callback_url: Url | None = None
     metadata: Metadata | None = None
@@ -586,9 +589,9 @@ class ReplayCreate(Request):
         json_schema_extra={"anyOf": [{"required": ["since"]}, {"required": ["generation_id"]}]}
     )
 
-    endpoint_id: str | None = Field(default=None, description="Without it, all endpoints that are enabled.")
-    generation_id: str | None = None
-    account: str | None = None
+    endpoint_id: Name | None = Field(default=None, description="Without it, all endpoints that are enabled.")
+    generation_id: Name | None = None
+    account: Name | None = None
     event_type: EventType | None = Field(
         default=None,
         description="Without it, all types but generation.processing, generation.progress and endpoint.test.",
