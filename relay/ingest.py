@@ -128,8 +128,8 @@ class Ingest:
                     await bell.wait()
 
     async def _filter(self, publication: Publication) -> None:
-        """Asks the filters now, with pauses: the transaction, which others wait for, will find them asked, but
-        those that have just come."""
+        """Asks the filters now, with pauses: the transaction, which others wait for, will find them asked,
+        but for the newest."""
         tenant, now = publication.tenant, self._now()
         read_at, endpoints = self._filtering.get(tenant, (0, []))
         if not 0 <= now - read_at < FILTERS_READ_EVERY:
