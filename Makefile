@@ -15,8 +15,9 @@ install: .venv/.installed  ## Install Relay and what it needs, as locked
 demo: install  ## Watch Relay at work: simulated providers, a verifying subscriber, no key
 	@$(BIN)/relay demo
 
+# Tests wait more than they compute: three at once keep two cores busy.
 test: .venv/.installed-dev tests/verifiers/javascript/node_modules  ## Install what the tests need, and run all of them
-	$(BIN)/pytest -n 2 --dist loadgroup $(TESTS)
+	$(BIN)/pytest -n 3 --dist loadgroup $(TESTS)
 
 # RELAY_THOROUGH: whole fleets are killed, restarted, hung and robbed of their database far more often.
 test-all: .venv/.installed-dev tests/verifiers/javascript/node_modules  ## The same with many more examples each and in more languages
