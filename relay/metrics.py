@@ -102,7 +102,9 @@ class Metrics:
         )
         self._pruned = counter("pruned_rows_total", "What was removed because it was old.", "kind")
         self._prune_seconds = histogram(
-            "prune_step_duration_seconds", "How long one step of removing took.", _WRITES
+            "prune_step_duration_seconds",
+            "For how long one step of removing kept others from writing.",
+            _WRITES,
         )
         self._loop_lag = histogram(
             "event_loop_lag_seconds", "By how much what was due at once began later.", _WRITES
@@ -207,7 +209,7 @@ class Metrics:
         return note
 
     def pruned(self, kind: str, count: int, took: float) -> None:
-        """One step of retention took so many seconds."""
+        """One step of retention kept others from writing for so many seconds."""
         self._pruned.labels(kind).inc(count)
         self._prune_seconds.observe(took)
 

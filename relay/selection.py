@@ -9,7 +9,7 @@ of their ids. The last id that is done with is its `position`: whoever goes on w
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -34,16 +34,6 @@ class Status(StrEnum):
     COMPLETED = "completed"  # it came to its end
     CANCELED = "canceled"  # somebody asked for that; what was made pending stays so
     FAILED = "failed"  # it cannot go on: `error` says why
-
-
-OPEN = frozenset({Status.PENDING, Status.RUNNING})
-MOVES: Mapping[Status, frozenset[Status]] = {
-    Status.PENDING: frozenset({Status.RUNNING, Status.COMPLETED, Status.CANCELED, Status.FAILED}),
-    Status.RUNNING: frozenset({Status.COMPLETED, Status.CANCELED, Status.FAILED}),
-    Status.COMPLETED: frozenset(),
-    Status.CANCELED: frozenset(),
-    Status.FAILED: frozenset(),
-}
 
 
 @dataclass(frozen=True, slots=True)
