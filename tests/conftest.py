@@ -107,6 +107,11 @@ class World:
             **changes,
         }
 
+    def unhurried(self) -> dict[str, Any]:
+        """The accounts, but Relay asks about nothing by itself for an hour."""
+        accounts = self.document()["accounts"]
+        return {name: one | {"poll_interval": "1h", "timeout": "1d"} for name, one in accounts.items()}
+
     async def relay(self, **changes: Any) -> RunningRelay:
         """Starts a relay, which runs until the test ends."""
         return await self.stack.enter_async_context(self.running(**changes))

@@ -26,12 +26,6 @@ def moment(world: World) -> str:
     return at
 
 
-def unhurried(world: World) -> dict[str, Any]:
-    """The accounts, but Relay asks about nothing by itself for an hour."""
-    accounts = world.document()["accounts"]
-    return {name: one | {"poll_interval": "1h", "timeout": "1d"} for name, one in accounts.items()}
-
-
 async def ids(relay: RunningRelay, **query: str) -> list[str]:
     answer = await relay.api.get(PATH, params=query)
     assert answer.status_code == 200, answer.text
@@ -79,7 +73,7 @@ async def test_wrong_fields_are_named_and_nothing_is_watched(world: World) -> No
 
 
 async def test_a_job_is_watched_once_per_account(world: World) -> None:
-    accounts = unhurried(world)
+    accounts = world.unhurried()
     relay = await world.relay(accounts=accounts | {"luma-eu": accounts["luma"]})
     body = {"account": "luma", "job_id": "a/b?c", "metadata": {"order": 42}}
     answers = await asyncio.gather(*(relay.api.post(PATH, json=body) for _ in range(6)))
@@ -98,7 +92,7 @@ async def test_a_job_is_watched_once_per_account(world: World) -> None:
 
 
 async def test_filters_find_what_they_say(world: World) -> None:
-    accounts = unhurried(world)
+    accounts = world.unhurried()
     relay = await world.relay(accounts=accounts | {"luma-eu": accounts["luma"]})
     start = moment(world)
     job = world.simulator.submit("luma", duration=0)
@@ -132,7 +126,7 @@ async def test_filters_find_what_they_say(world: World) -> None:
 
 
 async def test_a_provider_that_calls_back_tells_the_job_by_its_callback(world: World) -> None:
-    relay = await world.relay(accounts=unhurried(world))
+    relay = await world.relay(accounts=world.unhurried())
     endpoint = await world.endpoint(relay)
     made = await relay.api.post(PATH, json={"account": "pictory", "metadata": {"order": 42}})
     assert made.status_code == 201
@@ -231,7 +225,7 @@ async def test_wait_answers_at_the_end_or_when_the_time_is_over(world: World) ->
 
 
 async def test_refresh_asks_now_and_a_trouble_is_no_ending(world: World) -> None:
-    relay = await world.relay(accounts=unhurried(world))
+    relay = await world.relay(accounts=world.unhurried())
     await world.endpoint(relay)
     generation = await world.watch(relay, "luma", duration=600)
     refresh = f"{PATH}/{generation['id']}/refresh"
@@ -259,7 +253,7 @@ async def test_refresh_asks_now_and_a_trouble_is_no_ending(world: World) -> None
 
 
 async def test_what_has_not_ended_in_time_has_timed_out_and_may_end_late(world: World) -> None:
-    relay = await world.relay(accounts=unhurried(world))
+    relay = await world.relay(accounts=world.unhurried())
     await world.endpoint(relay)
     job_id = world.simulator.submit("luma", duration=600)
     body = {"account": "luma", "job_id": job_id, "timeout_seconds": 60}
