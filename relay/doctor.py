@@ -1,6 +1,7 @@
 """`relay doctor`: what is stuck at a running relay, why, and what to do; all of it from its API."""
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,10 +13,11 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from relay.app import wall_clock
-from relay.remote import HERE, AsJson, Key, Refused, Remote, Url, err, out
+from relay.console import err, out
+from relay.remote import HERE, AsJson, Key, Refused, Remote, Url
 from relay.times import parse_rfc3339, rfc3339
 
+commands = typer.Typer()
 _MINUTE, _DAY = 60_000, 86_400_000
 # What waits for less is on its way.
 _PATIENCE = 5 * _MINUTE
@@ -45,9 +47,10 @@ class Finding:
     advice: str
 
 
+@commands.command()
 def doctor(url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Say what is stuck at a running relay, why, and what to do; 1 when there is something."""
-    remote, now = Remote(url, api_key), wall_clock()
+    remote, now = Remote(url, api_key), time.time_ns() // 1_000_000
     found = list(_not_ready(remote))
     # Without a database there is nothing more to be learned.
     if not any(one.subject == "database" for one in found):

@@ -9,15 +9,14 @@ from typing import Annotated, Any
 import httpx
 import typer
 from httpx_sse import EventSource, ServerSentEvent, SSEError
-from rich.console import Console
 from rich.markup import escape
 
 from relay import __version__, signature
+from relay.console import PLAIN, err, out
 from relay.redact import BLOT
 from relay.remote import HERE, AsJson, Key, Refused, Remote, Url
 
-# Ids must come out whole where a program or a pipe reads them.
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+commands = typer.Typer()
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 15.0
 # A heartbeat comes every 15 s: what says nothing for so long is gone.
 _SILENCE = 45.0
@@ -25,6 +24,7 @@ _SILENCE = 45.0
 _REMEMBERED = 10_000
 
 
+@commands.command()
 def listen(
     forward: Annotated[str, typer.Option(help="Where to send them, such as http://localhost:3000/hook.")],
     endpoint: Annotated[
@@ -49,10 +49,10 @@ def listen(
         if secret is not None:
             signature.secret_key(secret)
     except httpx.InvalidURL as error:
-        err.print(f"[red]--forward[/] {escape(str(error))}", highlight=False)
+        err.print(f"[red]--forward[/] {escape(str(error))}", **PLAIN)
         raise typer.Exit(2) from error
     except ValueError as error:
-        err.print(f"[red]--secret[/] {escape(str(error))}", highlight=False)
+        err.print(f"[red]--secret[/] {escape(str(error))}", **PLAIN)
         raise typer.Exit(2) from error
     remote = Remote(url, api_key)
     query = {"endpoint_id": endpoint, "type": ",".join(types) if types else None}
@@ -96,7 +96,7 @@ class _Stream:
                 said = f"{self.remote.url} cannot be reached: {error}"
                 if not begun:
                     raise Refused(said).shown() from error
-            err.print(f"[dim]{escape(said)}; again in {pause:g} s[/]", highlight=False)
+            err.print(f"[dim]{escape(said)}; again in {pause:g} s[/]", **PLAIN)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -115,7 +115,7 @@ class _Stream:
                 answer.read()
                 raise Refused.of(answer)
             if not begun:
-                err.print(f"listening to {escape(self.remote.url)} … Ctrl-C ends it", highlight=False)
+                err.print(f"listening to {escape(self.remote.url)} … Ctrl-C ends it", **PLAIN)
             yield None
             for event in EventSource(answer).iter_sse():
                 if event.id and event.id != self.last:
@@ -171,7 +171,7 @@ def _show(event: ServerSentEvent, answer: _Answer, as_json: bool) -> None:
     good = answer.status is not None and 200 <= answer.status < 300
     outcome = f"[{'green' if good else 'red'}]{answer.status or escape(answer.error or '')}[/]"
     at = time.strftime("%H:%M:%S")
-    out.print(f"{at} {outcome} {answer.duration_ms} ms {escape(event.event)} {event.id}", highlight=False)
+    out.print(f"{at} {outcome} {answer.duration_ms} ms {escape(event.event)} {event.id}", **PLAIN)
 
 
 def _secret(remote: Remote, endpoint: str | None) -> str:
@@ -187,7 +187,7 @@ def _secret(remote: Remote, endpoint: str | None) -> str:
             "only a key with the scope admin may see the endpoint's secret: use one, or give --secret whsec_…"
         ).shown()
     fresh = signature.new_secret()
-    err.print(f"signed with a secret for now only: [bold]{fresh}[/]", highlight=False)
+    err.print(f"signed with a secret for now only: [bold]{fresh}[/]", **PLAIN)
     return fresh
 
 
@@ -198,5 +198,5 @@ def _headers(remote: Remote, endpoint: str | None) -> dict[str, str]:
     given: dict[str, Any] = remote.call("GET", f"/v1/endpoints/{endpoint}")["headers"]
     hidden: Sequence[str] = [name for name, value in given.items() if value == BLOT]
     if hidden:
-        err.print(f"[dim]without {escape(', '.join(hidden))}, which is not shown[/]", highlight=False)
+        err.print(f"[dim]without {escape(', '.join(hidden))}, which is not shown[/]", **PLAIN)
     return {name: value for name, value in given.items() if value != BLOT}

@@ -1,25 +1,28 @@
-"""Commands that work on the database of the configuration, also beside the relays that run on it."""
+"""Commands that work on the database of the configuration; all but `copy` also beside running relays."""
 
-import asyncio
 import json
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import typer
+import uvloop
 from rich import progress as bar
-from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from relay import signature
 from relay.app import PATIENCE, wall_clock
+from relay.check import check as findings
 from relay.config import load_config
+from relay.console import PLAIN, complain, err, out
+from relay.copy import Progress, database_name
+from relay.copy import copy as copy_database
 from relay.errors import ConfigError, CopyFailed
 from relay.key import Key, Scope, hash_of, id_of, new_key
 from relay.keyring import KeyRing
@@ -28,22 +31,105 @@ from relay.rekey import rekey as rekey_database
 from relay.store import Store, open_database, store_on
 from relay.store.audit import Entry
 from relay.store.backup import backup as copy_file
-from relay.store.migrate import migrate
+from relay.store.migrate import migrate as migrate_database
 from relay.store.tables import check_whole
 from relay.tenant import DEFAULT, NAME
 from relay.times import parse_duration, parse_rfc3339, rfc3339
 from relay.web.resources import KeyResource, KeyWithText
 
 T = TypeVar("T")
-keys = typer.Typer(no_args_is_help=True)
-out, err = Console(), Console(stderr=True)
+commands, keys = typer.Typer(), typer.Typer(no_args_is_help=True)
+commands.add_typer(keys, name="keys", help="Who may use the API: on the database, also of a running relay.")
 
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", help="Default: $RELAY_CONFIG, else config.yaml.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_PLAIN: Mapping[str, Any] = MappingProxyType({"highlight": False, "soft_wrap": True})
+_VERDICTS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "failed": "[red]failed [/]"}
 _USUAL = (Scope.READ, Scope.WRITE, Scope.REPLAY)
+
+
+@commands.command()
+def check(config: Config = None) -> None:
+    """Say what is wrong with the configuration, the database, the clock or a credential."""
+    settings = load_config(config)
+
+    async def show() -> bool:
+        failed = False
+        async for one in findings(settings):
+            failed |= one.verdict == "failed"
+            line = f"{_VERDICTS[one.verdict]} {escape(one.subject)}: {escape(one.message)}"
+            out.print(line, **PLAIN)
+        return failed
+
+    raise typer.Exit(1 if uvloop.run(show()) else 0)
+
+
+@commands.command()
+def migrate(config: Config = None) -> None:
+    """Bring the database up to date; `serve` does this too."""
+    settings = load_config(config)
+
+    async def bring() -> list[str]:
+        database = await open_database(settings.database, patience=PATIENCE)
+        try:
+            return await migrate_database(database, now=wall_clock())
+        finally:
+            await database.close()
+
+    applied = uvloop.run(bring())
+    out.print("\n".join(applied) if applied else "up to date")
+
+
+@commands.command()
+def copy(
+    source: Annotated[
+        str, typer.Option("--from", help="The database of a relay that is stopped; it stays as it is.")
+    ],
+    target: Annotated[str, typer.Option("--to", help="An empty database.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+) -> None:
+    """Copy all that a relay remembers to another database; after an interruption, run it again to go on."""
+    # Killed at any moment it goes on later: there is nothing to tidy, and it has not ended well.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    began = time.monotonic()
+    columns = (
+        *(bar.TextColumn("{task.description}"), bar.BarColumn(), bar.MofNCompleteColumn()),
+        *(_Rate(), bar.TimeRemainingColumn()),
+    )
+    bars = bar.Progress(*columns, console=err, disable=as_json or not err.is_terminal)
+    tasks: dict[str, bar.TaskID] = {}
+
+    def show(progress: Progress) -> None:
+        doing = progress.doing
+        if doing not in tasks:
+            # What was there before is no sign of speed.
+            tasks[doing] = bars.add_task(doing, total=progress.total, completed=progress.done)
+        bars.update(tasks[doing], completed=progress.done, description=f"{doing} {progress.table}")
+
+    try:
+        with bars:
+            counts = uvloop.run(copy_database(source, target, now=wall_clock, show=show))
+    except CopyFailed as error:
+        complain(str(error))
+        raise typer.Exit(1) from error
+    if as_json:
+        out.print_json(json.dumps({"tables": counts, "seconds": round(time.monotonic() - began, 1)}))
+        return
+    table = Table("table", Column("rows", justify="right"))
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
+    out.print(table)
+    out.print(
+        f"Both databases hold the same. Now set `database:` in the configuration to"
+        f" {escape(database_name(target))} and start the relay; none may run on the old one any more.",
+        **PLAIN,
+    )
+
+
+class _Rate(bar.ProgressColumn):
+    def render(self, task: bar.Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:,.0f} rows/s")
 
 
 @keys.command("create")
@@ -87,7 +173,7 @@ def create_key(
         return
     until = f"until {rfc3339(key.expires_at)}" if key.expires_at is not None else "until it is revoked"
     err.print(
-        f"{key_id} of tenant {tenant}: {', '.join(key.scopes)}, {until}. It is shown only now:", **_PLAIN
+        f"{key_id} of tenant {tenant}: {', '.join(key.scopes)}, {until}. It is shown only now:", **PLAIN
     )
     typer.echo(text)
 
@@ -108,11 +194,10 @@ def list_keys(
         out.print_json(json.dumps({"data": found, "next_cursor": None}))
         return
     names = ("id", "tenant", "name", "scopes", "created_at", "expires_at", "revoked_at", "last_used_at")
-    # Ids must come out whole where a program or a pipe reads them.
     table = Table(*(Column(name, no_wrap=name == "id", overflow="fold") for name in names))
     for one in found:
         table.add_row(*(_cell(one[name]) for name in names))
-    Console(width=None if out.is_terminal else 240).print(table)
+    out.print(table)
 
 
 @keys.command("revoke")
@@ -131,11 +216,12 @@ def revoke_key(
         return await store.keys.revoke(key.tenant, key_id, now=now, entry=entry)
 
     if not _with_store(config, revoke):
-        err.print(f"[red]there is no key {escape(key_id)}: `relay keys list` shows them[/]", **_PLAIN)
+        err.print(f"[red]there is no key {escape(key_id)}: `relay keys list` shows them[/]", **PLAIN)
         raise typer.Exit(1)
-    err.print(f"{escape(key_id)} is revoked", **_PLAIN)
+    err.print(f"{escape(key_id)} is revoked", **PLAIN)
 
 
+@commands.command()
 def rekey(config: Config = None) -> None:
     """Seal the secrets in the database with the newest secret_key; relays may run meanwhile."""
     bars = bar.Progress(
@@ -156,13 +242,13 @@ def rekey(config: Config = None) -> None:
             f"{done.left} secrets were sealed with an older key meanwhile: restart every relay with the new"
             " secret_key, then run this again"
         )
-    for line in complaints:
-        err.print(f"[red]relay:[/] {escape(line)}", **_PLAIN)
     if complaints:
+        complain("\n".join(complaints))
         raise typer.Exit(1)
     out.print("Every secret is sealed with the newest secret_key.")
 
 
+@commands.command()
 def backup(
     target: Annotated[Path, typer.Argument(metavar="FILE", help="A new file; none is overwritten.")],
     config: Config = None,
@@ -187,13 +273,13 @@ def backup(
         try:
             size = copy_file(Path(url.removeprefix("sqlite:///")), target, show=show)
         except CopyFailed as error:
-            err.print(f"[red]relay:[/] {escape(str(error))}", **_PLAIN)
+            complain(str(error))
             raise typer.Exit(1) from error
     if as_json:
         seconds = round(time.monotonic() - began, 1)
         out.print_json(json.dumps({"file": str(target), "bytes": size, "seconds": seconds}))
         return
-    out.print(f"{escape(str(target))}: {decimal(size)}, whole and checked.", **_PLAIN)
+    out.print(f"{escape(str(target))}: {decimal(size)}, whole and checked.", **PLAIN)
 
 
 def _with_store(config: Path | None, work: Callable[[Store], Awaitable[T]]) -> T:
@@ -203,7 +289,7 @@ def _with_store(config: Path | None, work: Callable[[Store], Awaitable[T]]) -> T
         settings = load_config(config)
         database = await open_database(settings.database, alone=False, patience=PATIENCE)
         try:
-            await migrate(database, now=wall_clock())
+            await migrate_database(database, now=wall_clock())
             await check_whole(database)
             store = store_on(database, KeyRing(settings.secret_keys))
             await store.sealed.check()
@@ -211,7 +297,7 @@ def _with_store(config: Path | None, work: Callable[[Store], Awaitable[T]]) -> T
         finally:
             await database.close()
 
-    return asyncio.run(run())
+    return uvloop.run(run())
 
 
 def _scopes(given: Sequence[str] | None) -> Sequence[Scope]:

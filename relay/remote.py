@@ -1,7 +1,6 @@
 """Commands that ask a running relay over its API. `--json` prints what the API answered."""
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +10,24 @@ from urllib.parse import quote
 import httpx
 import typer
 from rich import progress as bar
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from relay.console import PLAIN, err, out
 from relay.times import parse_duration, rfc3339
 
-# Ids must come out whole where a program or a pipe reads them.
-out, err = Console(width=None if sys.stdout.isatty() else 240), Console(stderr=True)
+commands = typer.Typer()
 generations = typer.Typer(no_args_is_help=True)
 endpoints = typer.Typer(no_args_is_help=True)
 deliveries = typer.Typer(no_args_is_help=True)
 replays = typer.Typer(no_args_is_help=True)
 accounts = typer.Typer(no_args_is_help=True)
+commands.add_typer(generations, name="generations", help="The jobs that are watched.")
+commands.add_typer(endpoints, name="endpoints", help="The URLs that are told.")
+commands.add_typer(deliveries, name="deliveries", help="What was told, attempt by attempt.")
+commands.add_typer(replays, name="replays", help="What was, and is, replayed in bulk.")
+commands.add_typer(accounts, name="accounts", help="The credentials at providers.")
 
 Url = Annotated[str, typer.Option("--url", envvar="RELAY_URL", help="The relay to talk to.")]
 Key = Annotated[
@@ -68,7 +71,7 @@ class Refused(Exception):
 
     def shown(self) -> typer.Exit:
         """The end of the command, after it was said why."""
-        err.print(f"[red]{escape(str(self))}[/]", highlight=False, soft_wrap=True)
+        err.print(f"[red]{escape(str(self))}[/]", **PLAIN)
         return typer.Exit(1)
 
 
@@ -116,6 +119,7 @@ class Remote:
             raise Refused(f"{self.url} cannot be reached: {error}") from error
 
 
+@commands.command()
 def track(
     account: str,
     job_id: Annotated[
@@ -338,6 +342,7 @@ def replay_delivery(
         raise typer.Exit(1)
 
 
+@commands.command()
 def replay(
     since: Annotated[
         str | None, typer.Option(help="2026-03-16T14:30:00Z, or 24h ago; needed without --generation.")
@@ -520,7 +525,7 @@ def _followed(remote: Remote, replay: Mapping[str, Any], *, quietly: bool) -> An
                 total = max(replay["total"], replay["done"])
                 bars.update(task, completed=replay["done"], total=total)
     except KeyboardInterrupt:
-        err.print(f"It goes on: relay replays cancel {replay['id']}", highlight=False, soft_wrap=True)
+        err.print(f"It goes on: relay replays cancel {replay['id']}", **PLAIN)
         raise typer.Exit(1) from None
     return replay
 

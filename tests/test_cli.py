@@ -10,11 +10,14 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_group
 
+from relay.cli import MODULES
 from relay.signature import headers, new_secret
 from relay.simulator import Simulator
 from relay.times import parse_rfc3339
@@ -126,6 +129,25 @@ async def test_no_configuration_says_where_to_get_one(tmp_path: Path) -> None:
 async def test_a_wrong_command_is_a_usage_error(tmp_path: Path) -> None:
     assert (await relay("frobnicate", cwd=tmp_path)).code == 2
     assert (await relay("track", cwd=tmp_path)).code == 2
+
+
+async def test_a_command_that_asks_a_running_relay_begins_without_the_server(tmp_path: Path) -> None:
+    for command, needs in (("track", "httpx"), ("listen", "httpx_sse"), ("serve", "relay.app")):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-X", "importtime", "-m", "relay", command, "--help"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, imported = await asyncio.wait_for(process.communicate(), 60)
+        names = {line.rsplit("|", 1)[1].strip() for line in imported.decode().splitlines() if "|" in line}
+        assert process.returncode == 0
+        assert needs in names
+        assert ("relay.app" in names) == ("aiosqlite" in names) == (command == "serve"), command
+
+
+def test_every_command_is_found_by_its_name() -> None:
+    for module, names in MODULES.items():
+        assert set(names) == set(get_group(import_module(module).commands).commands), module
 
 
 async def test_check_tells_good_credentials_from_bad_ones(world: World) -> None:
