@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Self
 from urllib.parse import quote
 
@@ -29,11 +30,30 @@ commands.add_typer(deliveries, name="deliveries", help="What was told, attempt b
 commands.add_typer(replays, name="replays", help="What was, and is, replayed in bulk.")
 commands.add_typer(accounts, name="accounts", help="The credentials at providers.")
 
+
+def _instant(text: str) -> str:
+    """A time as the API takes it, of one or of how long ago it was."""
+    try:
+        return rfc3339(time.time_ns() // 1_000_000 - parse_duration(text))
+    except ValueError:
+        if text[:4].isdigit() and "-" in text:
+            return text
+        raise typer.BadParameter(
+            f"{text!r} is neither a time (2026-03-16T14:30:00Z) nor how long ago (30m, 24h, 7d)"
+        ) from None
+
+
 Url = Annotated[str, typer.Option("--url", envvar="RELAY_URL", help="The relay to talk to.")]
 Key = Annotated[
     str, typer.Option("--api-key", envvar="RELAY_API_KEY", help="Your API key.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
+Instant = Annotated[
+    str | None,
+    typer.Option(parser=_instant, metavar="TIME", help="2026-03-16T14:30:00Z or, that long ago, 24h."),
+]
+# A part of a path, whatever is in it.
+Id = Annotated[str, typer.Argument(parser=partial(quote, safe=""), metavar="ID")]
 Limit = Annotated[int, typer.Option(help="How many at most.", min=1, max=200)]
 Filter = Annotated[str | None, typer.Option()]
 HERE = "http://127.0.0.1:8080"
@@ -154,8 +174,8 @@ def list_generations(
     provider: Filter = None,
     job_id: Filter = None,
     status: Filter = None,
-    since: Filter = None,
-    until: Filter = None,
+    since: Instant = None,
+    until: Instant = None,
     limit: Limit = 50,
     url: Url = HERE,
     api_key: Key = "",
@@ -176,14 +196,16 @@ def list_generations(
 
 
 @generations.command("show")
-def show_generation(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def show_generation(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Show a generation."""
     _show(Remote(url, api_key).call("GET", f"/v1/generations/{id_}"), as_json)
 
 
 @generations.command("wait")
 def wait_for_generations(
-    ids: Annotated[list[str], typer.Argument(help="One or several.")],
+    ids: Annotated[
+        list[str], typer.Argument(parser=partial(quote, safe=""), metavar="ID", help="One or several.")
+    ],
     timeout: Annotated[float | None, typer.Option(help="Seconds; for ever without it.", min=0)] = None,
     url: Url = HERE,
     api_key: Key = "",
@@ -193,7 +215,7 @@ def wait_for_generations(
     remote = Remote(url, api_key)
     until = None if timeout is None else time.monotonic() + timeout
     # All are there before any is waited for.
-    found = [remote.call("GET", f"/v1/generations/{quote(id_, safe='')}") for id_ in ids]
+    found = [remote.call("GET", f"/v1/generations/{id_}") for id_ in ids]
     found = [_waited(remote, one, until=until) for one in found]
     _table(
         {"data": found, "next_cursor": None}, ("id", "account", "job_id", "status", "duration_ms"), as_json
@@ -203,7 +225,7 @@ def wait_for_generations(
 
 
 @generations.command("refresh")
-def refresh_generation(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def refresh_generation(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Ask the provider now."""
     _show(Remote(url, api_key).call("POST", f"/v1/generations/{id_}/refresh"), as_json)
 
@@ -240,13 +262,13 @@ def list_endpoints(limit: Limit = 50, url: Url = HERE, api_key: Key = "", as_jso
 
 
 @endpoints.command("show")
-def show_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def show_endpoint(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Show an endpoint."""
     _show(Remote(url, api_key).call("GET", f"/v1/endpoints/{id_}"), as_json)
 
 
 @endpoints.command("test")
-def test_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def test_endpoint(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Send endpoint.test and say how it went; 1 unless it was delivered."""
     remote = Remote(url, api_key)
     delivery = remote.call("POST", f"/v1/endpoints/{id_}/test")
@@ -257,20 +279,20 @@ def test_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson 
 
 
 @endpoints.command("enable")
-def enable_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def enable_endpoint(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Enable an endpoint."""
     _show(Remote(url, api_key).call("POST", f"/v1/endpoints/{id_}/enable"), as_json)
 
 
 @endpoints.command("disable")
-def disable_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def disable_endpoint(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Disable an endpoint; its open deliveries are canceled."""
     _show(Remote(url, api_key).call("POST", f"/v1/endpoints/{id_}/disable"), as_json)
 
 
 @endpoints.command("rotate-secret")
 def rotate_secret(
-    id_: str,
+    id_: Id,
     overlap_seconds: Annotated[int, typer.Option(help="How long the old secret signs too.")] = 86_400,
     url: Url = HERE,
     api_key: Key = "",
@@ -282,7 +304,7 @@ def rotate_secret(
 
 
 @endpoints.command("delete")
-def delete_endpoint(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def delete_endpoint(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Delete an endpoint; its open deliveries are canceled."""
     _show(Remote(url, api_key).call("DELETE", f"/v1/endpoints/{id_}") or {"deleted": id_}, as_json)
 
@@ -294,8 +316,8 @@ def list_deliveries(
     event_id: Annotated[str | None, typer.Option("--event")] = None,
     generation_id: Annotated[str | None, typer.Option("--generation")] = None,
     event_type: Filter = None,
-    since: Filter = None,
-    until: Filter = None,
+    since: Instant = None,
+    until: Instant = None,
     limit: Limit = 50,
     url: Url = HERE,
     api_key: Key = "",
@@ -317,14 +339,14 @@ def list_deliveries(
 
 
 @deliveries.command("show")
-def show_delivery(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def show_delivery(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Show a delivery and its attempts."""
     _show(Remote(url, api_key).call("GET", f"/v1/deliveries/{id_}"), as_json)
 
 
 @deliveries.command("replay")
 def replay_delivery(
-    id_: str,
+    id_: Id,
     wait: Annotated[
         bool, typer.Option("--wait", help="Say how the next attempt went; 1 unless delivered.")
     ] = False,
@@ -344,10 +366,8 @@ def replay_delivery(
 
 @commands.command()
 def replay(
-    since: Annotated[
-        str | None, typer.Option(help="2026-03-16T14:30:00Z, or 24h ago; needed without --generation.")
-    ] = None,
-    until: Annotated[str | None, typer.Option(help="The same; default: now.")] = None,
+    since: Instant = None,
+    until: Instant = None,
     endpoint_id: Annotated[str | None, typer.Option("--endpoint", help="Default: all of them.")] = None,
     generation_id: Annotated[str | None, typer.Option("--generation")] = None,
     account: Filter = None,
@@ -362,10 +382,10 @@ def replay(
     api_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Replay many deliveries: what failed, what is missing, or all."""
+    """Replay many deliveries: what failed, what is missing, or all; since when, or of which generation."""
     body = {
-        "since": _instant(since, "--since"),
-        "until": _instant(until, "--until"),
+        "since": since,
+        "until": until,
         "endpoint_id": endpoint_id,
         "generation_id": generation_id,
         "account": account,
@@ -403,13 +423,13 @@ def list_replays(
 
 
 @replays.command("show")
-def show_replay(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def show_replay(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Show how far a replay has come."""
     _show(Remote(url, api_key).call("GET", f"/v1/replays/{id_}"), as_json)
 
 
 @replays.command("cancel")
-def cancel_replay(id_: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def cancel_replay(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """Cancel a replay; what it has made pending goes on."""
     _show(Remote(url, api_key).call("DELETE", f"/v1/replays/{id_}") or {"canceled": id_}, as_json)
 
@@ -533,19 +553,6 @@ def _followed(remote: Remote, replay: Mapping[str, Any], *, quietly: bool) -> An
 class _Rate(bar.ProgressColumn):
     def render(self, task: bar.Task) -> Text:
         return Text(f"{task.finished_speed or task.speed or 0:,.0f}/s")
-
-
-def _instant(text: str | None, option: str) -> str | None:
-    """A time as the API takes it, of one or of how long ago it was."""
-    try:
-        return text and rfc3339(time.time_ns() // 1_000_000 - parse_duration(text))
-    except ValueError:
-        if text is not None and text[:4].isdigit() and "-" in text:
-            return text
-        raise typer.BadParameter(
-            f"{text!r} is neither a time (2026-03-16T14:30:00Z) nor how long ago (30m, 24h, 7d)",
-            param_hint=option,
-        ) from None
 
 
 def _show(resource: Mapping[str, Any], as_json: bool) -> None:

@@ -258,6 +258,10 @@ async def test_the_main_job_on_the_command_line(world: World) -> None:
         ]
         [delivery] = (await ask("deliveries", "list", "--endpoint", gone["id"], "--status", "failed"))["data"]
         assert (await ask("endpoints", "show", gone["id"]))["status"] == "disabled"
+        assert len((await ask("generations", "list", "--since", "1h"))["data"]) == 2
+        assert (await ask("generations", "list", "--until", "1h"))["data"] == []
+        astray = f"../endpoints/{gone['id']}"
+        assert (await relay("deliveries", "show", astray, cwd=world.directory, **remote)).code == 1
         refused = await relay("deliveries", "replay", delivery["id"], cwd=world.directory, **remote)
         assert refused.code == 1
         assert "enable it first" in refused.err
