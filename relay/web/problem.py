@@ -65,8 +65,10 @@ async def http_error(request: Request, error: Exception) -> Response:
     """For what Starlette itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)  # noqa: S101 # registered for this class only
     title = _TITLES.get(error.status_code, error.detail)
-    headers = {"allow": ", ".join(_methods(request))} if error.status_code == 405 else None
-    return problem(error.status_code, title, f"{request.method} {title.lower()} here", headers=headers)
+    if error.status_code == 405:
+        allowed = ", ".join(_methods(request))
+        return problem(405, title, f"this path takes {allowed}", headers={"allow": allowed})
+    return problem(error.status_code, title, "there is nothing at this path")
 
 
 def _methods(request: Request) -> list[str]:
