@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,8 @@ class Relay:
             )
         async with aiohttp.ClientSession() as session:
             while True:
+                if self._it.returncode is not None:
+                    raise RuntimeError(f"it ended with {self._it.returncode} at its start: {self.log}")
                 with suppress(aiohttp.ClientError):
                     async with session.get(f"http://{HOST}:{self.port}/readyz") as answer:
                         if answer.status == 200:
@@ -83,6 +85,8 @@ class Relay:
                 await asyncio.sleep(0.02)
 
     async def end(self, how: signal.Signals) -> None:
+        if self._it.returncode is not None:
+            return
         self._it.send_signal(how)
         async with asyncio.timeout(60):
             code = await self._it.wait()
@@ -266,7 +270,7 @@ class Soak:
 async def soak(directory: Path, *, minutes: float, rate: float, every: float) -> Soak:
     """Runs it, and waits until what is owed has come."""
     simulator = Simulator(median=8)
-    async with serving(simulator.app) as simulated:
+    async with AsyncExitStack() as stack, serving(simulator.app) as simulated:
         accounts = {
             name: {
                 "provider": name,
@@ -277,6 +281,7 @@ async def soak(directory: Path, *, minutes: float, rate: float, every: float) ->
             for name, url in Simulator.base_urls(simulated).items()
         }
         relay = Relay(directory, accounts)
+        stack.push_async_callback(relay.end, signal.SIGKILL)
         await relay.start()
         session = aiohttp.ClientSession(
             f"http://{HOST}:{relay.port}",

@@ -42,7 +42,7 @@ def main() -> None:
         app()
     except (ConfigError, StoreError) as error:
         complain(str(error))
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import httpx
@@ -57,6 +57,7 @@ def doctor(url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
         found += _endpoints(remote, now)
         found += _accounts(remote, now)
         found += _deliveries(remote, now)
+        found += _replays(remote, now)
         found += _keys(remote, now)
     if as_json:
         out.print_json(json.dumps({"data": [asdict(one) for one in found]}))
@@ -209,6 +210,22 @@ def _deliveries(remote: Remote, now: int) -> Iterator[Finding]:
             again = f"relay deliveries replay {newest['id']}"
         advice = f"when it answers again, `{again}`"
         yield Finding(f"delivery {newest['id']}", problem, newest["updated_at"], advice)
+
+
+def _replays(remote: Remote, now: int) -> Iterator[Finding]:
+    for one in (
+        *_all(remote, "/v1/replays", status="running"),
+        *_all(remote, "/v1/replays", status="pending"),
+    ):
+        moved_at = parse_rfc3339(one["updated_at"]) or now
+        # A slow one rests for as long between two.
+        if moved_at < now - _PATIENCE - 2000 / one["rate_limit"]:
+            problem = f"{one['done']:,} of {one['total']:,} are replayed, and it does not get on"
+            advice = (
+                "an endpoint that it is of does not keep up: mend or disable that,"
+                f" or `relay replays cancel {one['id']}`"
+            )
+            yield Finding(f"replay {one['id']}", problem, one["updated_at"], advice)
 
 
 def _keys(remote: Remote, now: int) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from relay import __version__, signature
 from relay.console import PLAIN, err, out
 from relay.redact import BLOT
-from relay.remote import HERE, AsJson, Key, Refused, Remote, Url
+from relay.remote import HERE, AsJson, Key, Refused, Remote, Url, part
 
 commands = typer.Typer()
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 15.0
@@ -28,7 +28,8 @@ _REMEMBERED = 10_000
 def listen(
     forward: Annotated[str, typer.Option(help="Where to send them, such as http://localhost:3000/hook.")],
     endpoint: Annotated[
-        str | None, typer.Option(help="What this endpoint gets, signed with its secret.")
+        str | None,
+        typer.Option(parser=part, metavar="ID", help="What this endpoint gets, signed with its secret."),
     ] = None,
     types: Annotated[
         list[str] | None, typer.Option("--types", help="Only these; may be given several times.")
@@ -118,11 +119,11 @@ class _Stream:
                 err.print(f"listening to {escape(self.remote.url)} … Ctrl-C ends it", **PLAIN)
             yield None
             for event in EventSource(answer).iter_sse():
-                if event.id and event.id != self.last:
-                    self.last = event.id
-                    if event.id not in self.known:
-                        self._remember(event.id)
-                        yield event
+                self.last = event.id or self.last
+                # The first one only says where to go on from.
+                if event.data and event.id not in self.known:
+                    self._remember(event.id)
+                    yield event
 
     def _remember(self, id_: str) -> None:
         self.known[id_] = None

@@ -66,6 +66,8 @@ class Reader:
         self._size = 0
         self._news = asyncio.Event()
         self.ended = False
+        # What to come back with before anything was given; None for who has come back.
+        self.start: str | None = None
 
     def put(self, event: Event) -> None:
         self._queue.append(event)
@@ -133,6 +135,8 @@ class Live:
             reader.end()
         elif after is None:
             channel.hearing.add(reader)
+            # Who comes back with it is given what was made from now on.
+            reader.start = first_id("evt", self._now() + LATE)
         return reader
 
     def stored(self, tenants: Collection[str]) -> None:

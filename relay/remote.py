@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, Self
 from urllib.parse import quote
 
@@ -31,6 +30,13 @@ commands.add_typer(replays, name="replays", help="What was, and is, replayed in 
 commands.add_typer(accounts, name="accounts", help="The credentials at providers.")
 
 
+def part(text: str) -> str:
+    """Of a path, whatever is in it."""
+    if text in ("", ".", ".."):
+        raise typer.BadParameter("must be an id")
+    return quote(text, safe="")
+
+
 def _instant(text: str) -> str:
     """A time as the API takes it, of one or of how long ago it was."""
     try:
@@ -52,8 +58,7 @@ Instant = Annotated[
     str | None,
     typer.Option(parser=_instant, metavar="TIME", help="2026-03-16T14:30:00Z or, that long ago, 24h."),
 ]
-# A part of a path, whatever is in it.
-Id = Annotated[str, typer.Argument(parser=partial(quote, safe=""), metavar="ID")]
+Id = Annotated[str, typer.Argument(parser=part, metavar="ID")]
 Limit = Annotated[int, typer.Option(help="How many at most.", min=1, max=200)]
 Filter = Annotated[str | None, typer.Option()]
 HERE = "http://127.0.0.1:8080"
@@ -114,14 +119,26 @@ class Remote:
     def ask(self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None) -> Any:
         """The same. Raises Refused, for who has something better to do than to end."""
         answer = self.send(method, path, query=query, body=body)
-        if answer.is_success:
-            return answer.json() if answer.content else {}
-        raise Refused.of(answer)
+        if not answer.is_success:
+            raise Refused.of(answer)
+        try:
+            said = answer.json() if answer.content else {}
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise Refused(
+                f"{self.url} answered {answer.status_code}, but not as a relay does", answer.status_code
+            )
+        return said
 
     def send(
         self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None
     ) -> httpx.Response:
         """The answer, also when it refuses. Raises Refused when there is none."""
+        if not self.key.strip():
+            raise typer.BadParameter(
+                "is needed, or RELAY_API_KEY: `relay keys create` makes one", param_hint="--api-key"
+            )
         given = {name: value for name, value in (query or {}).items() if value is not None}
         headers = {"authorization": f"Bearer {self.key}"}
         try:
@@ -203,9 +220,7 @@ def show_generation(id_: Id, url: Url = HERE, api_key: Key = "", as_json: AsJson
 
 @generations.command("wait")
 def wait_for_generations(
-    ids: Annotated[
-        list[str], typer.Argument(parser=partial(quote, safe=""), metavar="ID", help="One or several.")
-    ],
+    ids: Annotated[list[str], typer.Argument(parser=part, metavar="ID", help="One or several.")],
     timeout: Annotated[float | None, typer.Option(help="Seconds; for ever without it.", min=0)] = None,
     url: Url = HERE,
     api_key: Key = "",
@@ -481,10 +496,14 @@ def list_accounts(limit: Limit = 50, url: Url = HERE, api_key: Key = "", as_json
 
 
 @accounts.command("delete")
-def delete_account(name: str, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
+def delete_account(
+    name: Annotated[str, typer.Argument(parser=part)],
+    url: Url = HERE,
+    api_key: Key = "",
+    as_json: AsJson = False,
+) -> None:
     """Delete an account that was added; none of its generations may be open."""
-    path = f"/v1/accounts/{quote(name, safe='')}"
-    _show(Remote(url, api_key).call("DELETE", path) or {"deleted": name}, as_json)
+    _show(Remote(url, api_key).call("DELETE", f"/v1/accounts/{name}") or {"deleted": name}, as_json)
 
 
 def _waited(remote: Remote, generation: Any, *, until: float | None) -> Any:
@@ -514,10 +533,22 @@ def _waited(remote: Remote, generation: Any, *, until: float | None) -> Any:
 def _ended(remote: Remote, delivery_id: str, *, after: int = 0) -> Any:
     """The delivery once it was attempted more than `after` times, or is finished without."""
     while True:
-        delivery = remote.call("GET", f"/v1/deliveries/{delivery_id}")
-        if delivery["attempt_count"] > after or delivery["status"] in ("failed", "canceled"):
+        delivery = _asked(remote, f"/v1/deliveries/{delivery_id}")
+        if delivery["attempt_count"] > after or delivery["status"] not in ("pending", "sending"):
             return delivery
         time.sleep(0.2)
+
+
+def _asked(remote: Remote, path: str) -> Any:
+    """What is there; a relay that is being replaced is waited for."""
+    patience = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return remote.ask("GET", path)
+        except Refused as error:
+            if not error.may_pass or time.monotonic() > patience:
+                raise error.shown() from error
+        time.sleep(0.5)
 
 
 def _followed(remote: Remote, replay: Mapping[str, Any], *, quietly: bool) -> Any:
@@ -529,18 +560,11 @@ def _followed(remote: Remote, replay: Mapping[str, Any], *, quietly: bool) -> An
     )
     bars = bar.Progress(*columns, console=err, disable=quietly or not err.is_terminal)
     task = bars.add_task(replay["id"], total=replay["total"])
-    patience = time.monotonic() + PATIENCE
     try:
         with bars:
             while replay["ended_at"] is None:
                 time.sleep(_LOOK_AGAIN)
-                try:
-                    replay = remote.ask("GET", f"/v1/replays/{replay['id']}")
-                    patience = time.monotonic() + PATIENCE
-                except Refused as error:
-                    if not error.may_pass or time.monotonic() > patience:
-                        raise error.shown() from error
-                    continue
+                replay = _asked(remote, f"/v1/replays/{replay['id']}")
                 # What has failed meanwhile is among it too.
                 total = max(replay["total"], replay["done"])
                 bars.update(task, completed=replay["done"], total=total)

@@ -30,7 +30,7 @@ def serve(config: Config = None) -> None:
         uvloop.run(serve_relay(settings, show_key=_show_key, redactor=redactor))
     except (ConfigError, StoreError) as error:
         complain(redactor(str(error)))
-        raise typer.Exit(2) from None
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
 
 
 @commands.command()

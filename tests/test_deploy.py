@@ -228,7 +228,8 @@ def test_the_files_agree_with_each_other_and_with_the_example_configuration():
         assert f"127.0.0.1:{port}" in (DEPLOY / name).read_text()
         assert f"https://{NAME}" == example["public_url"]
         assert NAME in (DEPLOY / name).read_text()
-    assert "respond /metrics 404" in (DEPLOY / "Caddyfile").read_text()
+    for name in ("Caddyfile", "compose.yaml"):
+        assert "respond /metrics 404" in (DEPLOY / name).read_text()
 
 
 def test_compose_builds_this_repository_and_sets_what_relay_takes_from_the_environment():

@@ -103,6 +103,28 @@ async def test_what_is_stuck_is_named_with_what_to_do(world: World):
     assert key["id"] not in shown.out
 
 
+async def test_a_replay_that_does_not_get_on_is_named(world: World):
+    world.clock.forward(seconds=-7200)
+    relay = await world.relay()
+    made = await world.endpoint(relay, "/busy", event_types=["order.paid"])
+    event = {"type": "order.paid", "data": {}}
+    assert (await relay.api.post("/v1/events", json=event)).status_code == 201
+    await relay.eventually("/v1/deliveries?status=delivered", lambda page: page["data"])
+    world.subscriber.answer(503, path="/busy", headers={"retry-after": "86400"})
+    assert (await relay.api.post("/v1/events", json=event)).status_code == 201
+    await world.subscriber.got(2, path="/busy")
+    await relay.eventually("/v1/deliveries", lambda page: page["data"][0]["attempt_count"] == 1)
+    assert (await relay.api.post("/v1/events", json=[event] * 20)).status_code == 201
+    body = {"since": "2000-01-01T00:00:00Z", "status": "all", "endpoint_id": made["id"]}
+    replay = (await relay.api.post("/v1/replays", json=body)).json()
+    world.clock.ahead = 0
+    reported = await doctor(world, relay, "--json")
+    found = {one["subject"]: one for one in json.loads(reported.out)["data"]}
+    stuck = found[f"replay {replay['id']}"]
+    assert stuck["problem"].startswith("0 of 1 ")
+    assert f"relay replays cancel {replay['id']}" in stuck["advice"]
+
+
 async def test_a_relay_that_cannot_be_asked_is_a_failure_too(world: World):
     relay = await world.relay()
     wrong = await doctor(world, relay, key="wrong")

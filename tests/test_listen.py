@@ -123,7 +123,10 @@ async def test_it_says_what_is_wrong_and_ends(world: World) -> None:
         (("--forward", "ftp://x"), where, 2, "must begin with http"),
         ((*there, "--endpoint", "ep_x"), where, 1, "no endpoint ep_x"),
         ((*there, "--endpoint", made["id"]), where | {"RELAY_API_KEY": reader}, 1, "scope admin"),
+        ((*there, "--endpoint", ".."), where, 2, "must be an id"),
         (there, where | {"RELAY_URL": "http://127.0.0.1:9"}, 1, "cannot be reached"),
+        (there, where | {"RELAY_URL": relay.origin + "/docs#"}, 1, "not as a relay does"),
+        (there, where | {"RELAY_API_KEY": " "}, 2, "RELAY_API_KEY"),
     ]
     ended = await asyncio.gather(
         *(program("listen", *options, cwd=world.directory, **env) for options, env, _, _ in cases)
@@ -141,14 +144,14 @@ async def test_a_relay_stops_at_once_and_who_listens_finds_the_next_one(tmp_path
         try:
             await relay.start()
             async with listening(relay.origin, local + "/local") as listener:
+                # The first time it goes away before anything has come, and each time something is stored
+                # before it is found again.
                 for life in (1, 2):
-                    if life == 2:
-                        # Ended while nobody listened: it is among what was missed.
-                        code, seconds = await relay.stop()
-                        assert code == 0, relay.log
-                        assert seconds < 30
-                        await listener.said("again in")
-                        await relay.start()
+                    code, seconds = await relay.stop()
+                    assert code == 0, relay.log
+                    assert seconds < 30
+                    await listener.said("again in", count=life)
+                    await relay.start()
                     async with relay.api() as api:
                         body = {"type": "order.shipped", "data": {"life": life}}
                         assert (await api.post("/v1/events", json=body)).status_code == 201

@@ -1,6 +1,9 @@
 """/readyz: 503 as soon as something that Relay needs is not there, in words that give nothing away."""
 
 import asyncio
+import resource
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from relay.pulse import Pulse
 from tests.conftest import RunningRelay, World
 from tests.fleet import Fleet
+from tests.program import Program
 
 LOOPS = {"poll", "deliver", "replay", "prune", "keys"}
 
@@ -38,6 +42,33 @@ async def test_too_little_room_for_the_database_file(world: World, least: str, s
     assert (found["disk"] == "ok") is (status == 200)
     assert status == 200 or "below min_free" in found["disk"]
     assert str(world.directory) not in str(found)
+
+
+async def test_a_clock_that_no_subscriber_would_believe(world: World):
+    world.clock.forward(seconds=400)
+    relay = await world.relay()
+    await checks(relay, 200)
+    watched = await world.watch(relay, "luma", duration=0)
+    await relay.eventually(f"/v1/generations/{watched['id']}", lambda one: one["status"] == "completed")
+    found = await checks(relay, 503)
+    assert "off the providers'" in found["clock"]
+
+
+async def test_a_disk_that_takes_no_writes(tmp_path: Path):
+    relay = Program.placed(tmp_path / "relay")
+    try:
+        await relay.start()
+        assert relay.process is not None
+        _, hard = resource.prlimit(relay.process.pid, resource.RLIMIT_FSIZE)
+        for limit, status in ((1, 503), (hard, 200)):
+            resource.prlimit(relay.process.pid, resource.RLIMIT_FSIZE, (limit, hard))
+            async with relay.api() as api, asyncio.timeout(20):
+                # The API has no event for it.
+                while (answer := await api.get("/readyz")).status_code != status:  # noqa: ASYNC110 # see above
+                    await asyncio.sleep(0.1)
+            assert ("did not take it" in answer.json()["checks"]["database"]) is (status == 503)
+    finally:
+        await relay.end(signal.SIGKILL)
 
 
 async def hangs(loop: Any) -> None:

@@ -17,6 +17,7 @@ import asyncpg
 from relay.errors import Collision, ConfigError, StoreError
 from relay.store.database import Row, Transaction, expand
 from relay.store.hosts import Address, Hosts, advice, is_away, read_url, why
+from relay.tenant import DEFAULT
 
 T = TypeVar("T")
 Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
@@ -146,8 +147,9 @@ class PostgreSQL:
         return None
 
     async def probe(self) -> None:
+        # Of no row nothing would be written.
         async with self.write() as tx:
-            await tx.execute("UPDATE tenants SET id = id WHERE id = ''")
+            await tx.execute("UPDATE tenants SET id = id WHERE id = :id", id=DEFAULT)
 
     async def sizes(self) -> Mapping[str, int]:
         async with self.read() as tx:

@@ -13,6 +13,7 @@ import aiosqlite
 
 from relay.errors import ConfigError, DatabaseInUse, StoreError
 from relay.store.database import Row, Transaction, expand
+from relay.tenant import DEFAULT
 
 T = TypeVar("T")
 # What is written beside the file is cut to this once nobody reads in it any more.
@@ -80,8 +81,9 @@ class SQLite:
         yield
 
     async def probe(self) -> None:
+        # Of no row nothing would be written.
         async with self.write() as tx:
-            await tx.execute("UPDATE tenants SET id = id WHERE id = ''")
+            await tx.execute("UPDATE tenants SET id = id WHERE id = :id", id=DEFAULT)
 
     async def free(self) -> int | None:
         try:

@@ -1,5 +1,7 @@
 """For operators and readers: health, the OpenAPI document and its page."""
 
+import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -20,6 +22,8 @@ from relay.web.operation import Operation
 from relay.web.scrape import Scraper
 
 MEBIBYTE = 1024 * 1024
+# What the database has said is told again for so long; seconds.
+FRESH = 1.0
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _CSP = f"{_NOTHING}; style-src 'unsafe-inline'"
 
@@ -29,11 +33,35 @@ async def live(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def ready(request: Request[State]) -> Response:
+class Readiness:
     """Whether the database takes writes and has room and its migrations, the clock is right enough to sign
     with, and every loop beats."""
-    relay = request.state["relay"]
-    checks = {"database": "ok", "migrations": "ok", "clock": "ok"}
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._asked_at = -math.inf
+        self._database: Mapping[str, str] = {}
+
+    async def answer(self, request: Request[State]) -> Response:
+        relay = request.state["relay"]
+        # Anybody may ask, and what the database is asked is a write.
+        async with self._turn:
+            if time.monotonic() - self._asked_at > FRESH:
+                self._database = await _database(relay)
+                self._asked_at = time.monotonic()
+            checks = {**self._database, "clock": "ok"}
+        skew = relay.asker.skew
+        if skew is not None and abs(skew) > TOLERANCE * 1000:
+            checks["clock"] = f"{skew / 1000:+.0f} s off the providers': subscribers refuse what is signed so"
+        checks |= await _disk(relay)
+        for loop, silent in relay.pulse.silent(time.monotonic()).items():
+            checks[loop] = "ok" if silent is None else f"has not come to its end for {silent:.0f} s"
+        good = all(verdict == "ok" for verdict in checks.values())
+        return JSONResponse({"status": "ok" if good else "failing", "checks": checks}, 200 if good else 503)
+
+
+async def _database(relay: Relay) -> Mapping[str, str]:
+    checks = {"database": "ok", "migrations": "ok"}
     try:
         await relay.store.database.probe()
         if names := await pending(relay.store.database):
@@ -43,14 +71,7 @@ async def ready(request: Request[State]) -> Response:
         checks["database"] = str(error).partition(":")[0]
     except ConfigError:
         pass  # a newer release has migrated it, and leaves this one working until it is replaced
-    skew = relay.asker.skew
-    if skew is not None and abs(skew) > TOLERANCE * 1000:
-        checks["clock"] = f"{skew / 1000:+.0f} s off the providers': subscribers refuse what is signed so"
-    checks |= await _disk(relay)
-    for loop, silent in relay.pulse.silent(time.monotonic()).items():
-        checks[loop] = "ok" if silent is None else f"has not come to its end for {silent:.0f} s"
-    good = all(verdict == "ok" for verdict in checks.values())
-    return JSONResponse({"status": "ok" if good else "failing", "checks": checks}, 200 if good else 503)
+    return checks
 
 
 async def _disk(relay: Relay) -> Mapping[str, str]:
@@ -84,7 +105,7 @@ def routes(operations: Sequence[Operation]) -> list[Route]:
 
     return [
         Route("/healthz", live),
-        Route("/readyz", ready),
+        Route("/readyz", Readiness().answer),
         Route("/metrics", Scraper().answer),
         Route("/openapi.json", openapi),
         Route("/docs", docs),

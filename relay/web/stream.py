@@ -35,7 +35,8 @@ class Stream(EventSourceResponse):
             self._reader.close()
 
     async def _told(self) -> AsyncIterator[ServerSentEvent]:
-        yield ServerSentEvent(retry=RETRY, sep="\n")
+        # Without data it is no event, but readers remember its id.
+        yield ServerSentEvent(retry=RETRY, id=self._reader.start, sep="\n")
         try:
             async for event in self._reader:
                 yield ServerSentEvent(event.body.decode(), id=event.id, event=event.type, sep="\n")
