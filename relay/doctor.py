@@ -213,10 +213,8 @@ def _deliveries(remote: Remote, now: int) -> Iterator[Finding]:
 
 
 def _replays(remote: Remote, now: int) -> Iterator[Finding]:
-    for one in (
-        *_all(remote, "/v1/replays", status="running"),
-        *_all(remote, "/v1/replays", status="pending"),
-    ):
+    replays = (_all(remote, "/v1/replays", status=status) for status in ("running", "pending"))
+    for one in chain.from_iterable(replays):
         moved_at = parse_rfc3339(one["updated_at"]) or now
         # A slow one rests for as long between two.
         if moved_at < now - _PATIENCE - 2000 / one["rate_limit"]:

@@ -56,7 +56,7 @@ async def deeds(
     again = await do(f"POST {one}/test", endpoint, "endpoint.tested")
     await relay.eventually(f"/v1/deliveries/{again['id']}", lambda one: one["status"] == "delivered")
     slowly = {"status": "all", "event_type": "endpoint.test", "since": test["created_at"], "rate_limit": 0.01}
-    assert (await relay.api.post("/v1/replays", json={**slowly, "dry_run": True})).status_code == 200
+    assert (await relay.api.post("/v1/replays", json={**slowly, "dry_run": True})).status_code == 202
     replay = await do("POST /v1/replays", "", "replay.created", **slowly)
     await do("DELETE /v1/replays/{id}", replay["id"], "replay.canceled")
     await do(f"DELETE {one}", endpoint, "endpoint.deleted")

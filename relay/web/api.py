@@ -418,7 +418,7 @@ async def create_replay(call: Call[r.ReplayCreate, None]) -> Result:
         updated_at=now,
     )
     if body.dry_run:
-        return Result(200, r.ReplayResource.of(replay, counted_only=True))
+        return Result(202, r.ReplayResource.of(replay, counted_only=True))
     entry = call.entry("replay.created", replay.id)
     created = await relay.store.replays.create(replay, call.idempotency, entry=entry)
     if created is None:

@@ -328,8 +328,7 @@ OPERATIONS = (
         api.create_replay,
         r.ReplayResource,
         {
-            202: "It begins soon; GET …/{id} tells how far it has come",
-            200: "With dry_run: how many there are",
+            202: "It begins soon; GET …/{id} tells how far it has come. With dry_run it is only counted",
             409: "Another replay of this endpoint has not ended: its id is in the detail; or it is disabled",
             429: (
                 f"More than {api.REPLAYS_A_SECOND} replays a second, after the first"
