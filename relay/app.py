@@ -246,8 +246,8 @@ def _assemble(
 
     roster = Roster(accounts(settings), store, check=check_base_url, learn_secrets=redactor.add, now=now)
 
-    async def look(account: str, job_id: str) -> Update:
-        return await poller.look(account, job_id)
+    async def look(tenant: str, account: str, job_id: str) -> Update:
+        return await poller.look(tenant, account, job_id)
 
     deliverer = Deliverer(
         store,

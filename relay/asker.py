@@ -40,9 +40,14 @@ class Asker:
     """
 
     def __init__(
-        self, transport: httpx.AsyncBaseTransport, *, capability: str, now: Callable[[], int]
+        self,
+        transport: httpx.AsyncBaseTransport,
+        *,
+        capability: str,
+        now: Callable[[], int],
+        check: Callable[[str], None] = lambda url: None,
     ) -> None:
-        self._transport, self._capability, self._now = transport, capability, now
+        self._transport, self._capability, self._now, self._check = transport, capability, now, check
         self._skews: deque[int] = deque(maxlen=15)
         self._known = lru_cache(maxsize=1000)(lambda secrets: Redactor(*secrets))
 
@@ -62,7 +67,10 @@ class Asker:
             trust_env=False,
         )
         transport = AiohttpTransport(client=session, proxy=httpx.Proxy(proxy) if proxy else None)
-        return cls(transport, capability=capability, now=now)
+        if proxy is None:
+            return cls(transport, capability=capability, now=now)
+        # Nothing else looks at an address when it is the proxy that is connected to.
+        return cls(transport, capability=capability, now=now, check=guard.check_literal)
 
     async def close(self) -> None:
         await self._transport.aclose()
@@ -115,9 +123,11 @@ class Asker:
     async def fetch(self, account: Account, job_id: str) -> Reply:
         """The provider's reply as it came. Raises ProviderError when there is none."""
         try:
+            url = account.url(job_id)
+            self._check(url)
             request = httpx.Request(
                 "GET",
-                account.url(job_id),
+                url,
                 headers={**_HEADERS, "authorization": account.provider.authorization(account.api_key)},
             )
             async with asyncio.timeout(TIMEOUT):

@@ -166,8 +166,8 @@ class Poller:
         Raises Conflict when its tenant has not the account any more or the job is not known, Limited when
         the account's budget is used up.
         """
-        account = await self._roster.seek(generation.account)
-        if account is None or not account.is_of(generation.tenant):
+        account = await self._account(generation.tenant, generation.account)
+        if account is None:
             raise Conflict(_gone(generation.account))
         if generation.job_id is None and generation.claimed_job_id is None:
             raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
@@ -180,13 +180,13 @@ class Poller:
             return generation
         return await self._ask(claimed, LearnedBy.REFRESH)
 
-    async def look(self, name: str, job_id: str) -> Update:
-        """What the provider says about a job now, for one request of the account's budget.
+    async def look(self, tenant: str, name: str, job_id: str) -> Update:
+        """What the provider says about a tenant's job now, for one request of the account's budget.
 
-        Raises NotFound when there is no such account, Limited when its budget is used up or its
-        provider is only probed, ProviderError when the provider cannot be asked.
+        Raises NotFound when the tenant has no such account any more, Limited when its budget is used up or
+        its provider is only probed, ProviderError when the provider cannot be asked.
         """
-        account = await self._roster.seek(name)
+        account = await self._account(tenant, name)
         if account is None:
             raise NotFound(_gone(name))
         standing, now = self.standing(account), self._now()
@@ -291,6 +291,11 @@ class Poller:
         await self._ledger.learn(account, None)
         return update
 
+    async def _account(self, tenant: str, name: str) -> Account | None:
+        """None also when the tenant has it no more: nobody uses another's credential."""
+        account = await self._roster.seek(name)
+        return account if account is not None and account.is_of(tenant) else None
+
     async def _look_for_strangers(self) -> None:
         watched = await self._store.generations.watching_accounts()
         self._strangers = [name for name in watched if name not in self._roster]
@@ -303,7 +308,7 @@ class Poller:
         # Who waits for a refresh is told at once that the store takes nothing.
         kept_until = 0 if learned_by is LearnedBy.REFRESH else generation.due_at or 0
         job_id = generation.job_id or generation.claimed_job_id
-        account = await self._roster.seek(generation.account)
+        account = await self._account(generation.tenant, generation.account)
         if account is None:
             error = ProviderError("unreachable", _gone(generation.account))
         elif job_id is not None and asks:

@@ -17,10 +17,10 @@ PATIENCE = 3_600_000
 
 
 class Renewer:
-    """Keeps the URLs in events alive. `look` asks an account about a job (it is `Poller.look`)."""
+    """Keeps the URLs in events alive. `look` asks an account about a tenant's job (`Poller.look`)."""
 
     def __init__(
-        self, store: Store, *, look: Callable[[str, str], Awaitable[Update]], now: Callable[[], int]
+        self, store: Store, *, look: Callable[[str, str, str], Awaitable[Update]], now: Callable[[], int]
     ) -> None:
         self._store, self._look, self._now = store, look, now
         self._under_way: dict[str, asyncio.Future[bool]] = {}
@@ -67,7 +67,7 @@ class Renewer:
             return None  # who comes beyond that comes again
         self._asking[account] += 1
         try:
-            update = await self._look(account, job_id)
+            update = await self._look(event.tenant, account, job_id)
         except NotFound:
             return ()
         except (Limited, ProviderError) as error:

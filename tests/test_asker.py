@@ -105,3 +105,23 @@ async def test_what_a_provider_says_can_be_stored():
     with pytest.raises(ProviderError) as raised:
         await ask(Odd())
     assert str(raised.value) == "a\ufffdb\ufffdc"
+
+
+@pytest.mark.parametrize("host", ["10.0.0.5", "169.254.169.254", "[::ffff:10.0.0.5]"])
+async def test_a_proxy_is_not_asked_for_an_address_that_the_guard_refuses(host: str):
+    asked = []
+
+    async def proxy(request: Request) -> Response:
+        asked.append(str(request.url))
+        return JSONResponse({"status": "completed"})
+
+    async with serving(Starlette(routes=[Route("/{path:path}", proxy)])) as origin:
+        asker = Asker.open(Guard([]), capability="https://r/hooks/", proxy=origin, now=lambda: 0)
+        try:
+            with pytest.raises(ProviderError, match="not allowed"):
+                await asker.fetch(Account("a", Vivix(), KEY, f"http://{host}/v1", Vivix().pace), "job")
+            assert asked == []
+            await asker.fetch(Account("a", Vivix(), KEY, "http://vivix.example/v1", Vivix().pace), "job")
+            assert len(asked) == 1
+        finally:
+            await asker.close()

@@ -368,7 +368,7 @@ async def expired_events(url: str, jobs: Sequence[str]) -> AsyncIterator[tuple[S
 async def test_an_event_that_was_renewed_is_not_asked_about_by_its_other_deliveries(database_url: str):
     asked, gate = [], asyncio.Event()
 
-    async def look(account: str, job_id: str) -> Update:
+    async def look(tenant: str, account: str, job_id: str) -> Update:
         asked.append((account, job_id))
         await gate.wait()
         return replace(DONE, outputs=(Output("https://a.test/2.png", expires_at=NOW + HOUR),))
@@ -387,7 +387,7 @@ async def test_an_event_that_was_renewed_is_not_asked_about_by_its_other_deliver
 async def test_an_account_that_hangs_is_asked_about_so_many_events_at_once(database_url: str):
     full, gate, under_way = asyncio.Event(), asyncio.Event(), 0
 
-    async def look(account: str, job_id: str) -> Update:
+    async def look(tenant: str, account: str, job_id: str) -> Update:
         nonlocal under_way
         under_way += 1
         if under_way == AT_ONCE:
@@ -409,7 +409,7 @@ async def test_an_account_that_hangs_is_asked_about_so_many_events_at_once(datab
 async def test_a_delivery_that_stops_waiting_does_not_make_the_others_wait_for_ever(database_url: str):
     reached = asyncio.Event()
 
-    async def look(account: str, job_id: str) -> Update:
+    async def look(tenant: str, account: str, job_id: str) -> Update:
         reached.set()
         await asyncio.Event().wait()
         return DONE

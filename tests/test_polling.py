@@ -507,7 +507,7 @@ async def test_looks_that_come_together_while_a_provider_is_probed_are_one_probe
         job = world.simulator.submit("luma", duration=0)
 
         async def look(times: int) -> list[object]:
-            looks = (relay.poller.look("luma", job) for _ in range(times))
+            looks = (relay.poller.look(DEFAULT, "luma", job) for _ in range(times))
             return list(await asyncio.gather(*looks, return_exceptions=True))
 
         await look(5)
