@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -120,11 +121,13 @@ def _own_addresses() -> frozenset[str]:
 
 class GuardedResolver(AbstractResolver):
     """Looks names up in threads of its own, each name once at a time, and remembers the answer for a
-    while; every address of an answer must pass the guard. A dead name delays nobody else."""
+    while; every address of an answer must pass the guard. A dead name delays nobody else; while so many are
+    dead that no thread is left, what was known of a name before goes for it, and others wait."""
 
     def __init__(self, guard: Guard, *, threads: int = 256) -> None:
         self._guard = guard
         self._most_threads, self._threads = threads, 0
+        self._waiting: deque[tuple[_Question, asyncio.Future[Sequence[_Found]]]] = deque()
         self._answers: dict[_Question, tuple[float, asyncio.Future[Sequence[_Found]]]] = {}
 
     async def resolve(
@@ -150,6 +153,8 @@ class GuardedResolver(AbstractResolver):
         loop = asyncio.get_running_loop()
         until, answer = self._answers.get(question, (0.0, None))
         if answer is None or (answer.done() and loop.time() > until):
+            if answer is not None and self._threads >= self._most_threads and answer.exception() is None:
+                return answer.result()
             if len(self._answers) > LOOKUPS_KEPT:
                 self._forget(loop.time())
             answer = self._begin(question)
@@ -163,11 +168,20 @@ class GuardedResolver(AbstractResolver):
             raise OSError(f"{question[0]} could not be looked up within {LOOKUP_TIMEOUT:g} s") from error
 
     def _begin(self, question: _Question) -> asyncio.Future[Sequence[_Found]]:
-        """Looks up in a thread that keeps nobody waiting: neither other look-ups nor the program's end."""
-        if self._threads >= self._most_threads:
+        if len(self._waiting) >= LOOKUPS_KEPT:
             raise OSError("too many names are being looked up")
+        answer: asyncio.Future[Sequence[_Found]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((question, answer))
+        self._work_off()
+        return answer
+
+    def _work_off(self) -> None:
+        while self._waiting and self._threads < self._most_threads:
+            self._start(*self._waiting.popleft())
+
+    def _start(self, question: _Question, answer: asyncio.Future[Sequence[_Found]]) -> None:
+        """Looks up in a thread that keeps nobody waiting: neither other look-ups nor the program's end."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Sequence[_Found]] = loop.create_future()
 
         def finish(found: Sequence[_Found] | OSError | UnicodeError) -> None:
             self._threads -= 1
@@ -176,6 +190,7 @@ class GuardedResolver(AbstractResolver):
                 answer.exception()  # whoever asked may have gone
             else:
                 answer.set_result(found)
+            self._work_off()
 
         def work() -> None:
             try:
@@ -187,7 +202,6 @@ class GuardedResolver(AbstractResolver):
 
         self._threads += 1
         threading.Thread(target=work, name="dns", daemon=True).start()
-        return answer
 
     def _keep(self, question: _Question, answer: asyncio.Future[Sequence[_Found]], now: float) -> None:
         if answer.cancelled():

@@ -27,7 +27,7 @@ from dnslib.server import DNSHandler, DNSLogger, DNSServer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from relay.guard import Guard
+from relay.guard import Guard, GuardedResolver
 from relay.sender import Sender
 
 # The policy, written down once more: from the first address to the last.
@@ -640,3 +640,27 @@ def test_dead_names_delay_no_other(lab: Laboratory) -> None:
 def test_a_dead_name_is_a_failed_lookup_where_the_deadline_allows_to_see_that(lab: Laboratory) -> None:
     outcome = lab.send({"a.test": [[SILENCE]]}, ["a.test"], timeout=10_000)
     assert outcome.codes == [UNKNOWN]
+
+
+async def test_names_that_are_dead_take_nobody_elses_answers_away(monkeypatch: pytest.MonkeyPatch):
+    begun, alive = threading.Event(), threading.Event()
+
+    def look_up(name: str, *given: Any) -> list[Any]:
+        if name == "dead.test.":
+            begun.set()
+            alive.wait(30)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr("relay.guard.ANSWER_TTL", 0.0)
+    resolver = GuardedResolver(Guard([]), threads=1)
+    known = await resolver.resolve("known.test")
+    waiting = [asyncio.create_task(resolver.resolve(name)) for name in ("dead.test", "new.test")]
+    try:
+        assert await asyncio.to_thread(begun.wait, 10)
+        assert await resolver.resolve("known.test") == known
+        assert not any(one.done() for one in waiting)
+    finally:
+        alive.set()
+    _, found = await asyncio.gather(*waiting)
+    assert [one["host"] for one in found] == ["93.184.216.34"]
