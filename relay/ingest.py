@@ -65,7 +65,7 @@ class Ingest:
         result = await self._published(publication)
         if isinstance(result, Refused):
             raise result
-        self._trace(result)
+        self._trace([one for one, own in zip(result, publication.events, strict=True) if one is own])
         return result
 
     async def announce(self, events: Sequence[Event]) -> None:
@@ -191,8 +191,7 @@ class Ingest:
         return [current.get(report.generation_id) for report in reports]
 
     def _trace(self, events: Sequence[Event]) -> None:
-        """Events that are about no generation have traces of their own; of what was there before it was
-        published again nothing is new."""
+        """Events that are about no generation have traces of their own, each begun once: when it is stored."""
         if self._tracing is None:
             return
         for event in events:
