@@ -132,6 +132,19 @@ def test_no_filter_takes_long(number: int) -> None:
         assert time.process_time() - began < 2
 
 
+def test_what_was_found_of_a_whole_batch_is_still_known() -> None:
+    bodies = [compact({"data": {"raw": [[{}]] * 100, "n": number}}) for number in range(500)]
+
+    def seconds() -> float:
+        began = time.process_time()
+        for body in bodies:
+            for expression in EXPENSIVE[:2]:
+                passes(expression, body, endpoint="ep_1")
+        return time.process_time() - began
+
+    assert seconds() > 3 * seconds()
+
+
 def test_an_ordinary_one_has_room_enough() -> None:
     outputs = [{"url": f"https://a.example/{number}", "kind": "image"} for number in range(200)]
     data = {"outputs": outputs, "tags": [str(number) for number in range(2_000)], "text": "x" * 200_000}
