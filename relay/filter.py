@@ -23,8 +23,8 @@ STEPS = 1_000
 # So many elements of a value cost a step too, so many characters, and so many of all that is in a value when
 # it is compared, searched or sorted.
 _GRAIN, _GRAIN_OF_TEXT, _GRAIN_OF_ALL = 64, 1_024, 8
-# What a filter has found lately: of so many bodies.
-_KNOWN = 200
+# What filters have found lately: of so many bodies, more than a batch of reports is announced with.
+_KNOWN = 10_000
 _AT_ONCE = {"length", "type"}
 # What makes more of what it is given, and again of that.
 _GROWS = {"multi_select_list": "[a, b]", "multi_select_dict": "{a: b}"}
@@ -90,19 +90,16 @@ class _Interpreter(TreeInterpreter):
 
 
 class _Filter:
-    """An expression that is compiled, and what is known of it."""
+    """An expression that is compiled."""
 
     def __init__(self, tree: Any) -> None:
         self._tree, self._has_failed = tree, False
-        self._known: dict[bytes, bool] = {}
 
     def passes(self, body: bytes, *, endpoint: str) -> bool:
-        digest = _digest(body)
-        if digest not in self._known:
-            if len(self._known) >= _KNOWN:
-                del self._known[next(iter(self._known))]
-            self._known[digest] = self._find(body, endpoint)
-        return self._known[digest]
+        known = _known(_digest(body))
+        if self not in known:
+            known[self] = self._find(body, endpoint)
+        return known[self]
 
     def _find(self, body: bytes, endpoint: str) -> bool:
         try:
@@ -137,13 +134,19 @@ def _compiled(expression: str) -> _Filter:
     return _Filter(_parsed(expression))
 
 
-# One event after the other is held against all the filters.
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=_KNOWN)
+def _known(digest: bytes) -> dict[_Filter, bool]:
+    """What was found of a body, to be added to."""
+    return {}
+
+
+# One event after the other is held against all the filters, by a few at once: they pause between two.
+@lru_cache(maxsize=4)
 def _content(body: bytes) -> Any:
     return json.loads(body)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _digest(body: bytes) -> bytes:
     return blake2b(body, digest_size=16).digest()
 

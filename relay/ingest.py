@@ -61,15 +61,16 @@ class Ingest:
     async def publish(self, publication: Publication) -> Sequence[Event]:
         """The events as they are stored, durably, all or none; earlier ones where there are any of the same
         `source_id` or Idempotency-Key. Raises Refused when that key was used for something else."""
-        await self._filter(publication)
+        await self._filter(publication.events)
         result = await self._published(publication)
         if isinstance(result, Refused):
             raise result
-        self._trace(result)
+        self._trace([one for one, own in zip(result, publication.events, strict=True) if one is own])
         return result
 
     async def announce(self, events: Sequence[Event]) -> None:
         """Makes events of Relay's own known to the endpoints that want them, durably, all or none."""
+        await self._filter(events)
         handoff = self._handoff()
         self._accept(await self._store.events.announce(events, handoff, now=self._now()), handoff)
         self._stored({event.tenant for event in events})
@@ -127,20 +128,35 @@ class Ingest:
                 async with asyncio.timeout(left if self._store.database.alone else min(left, LOOK_AGAIN)):
                     await bell.wait()
 
-    async def _filter(self, publication: Publication) -> None:
+    async def _filter(self, events: Sequence[Event]) -> None:
         """Asks the filters now, with pauses: the transaction, which others wait for, will find them asked,
         but for the newest."""
-        tenant, now = publication.tenant, self._now()
-        read_at, endpoints = self._filtering.get(tenant, (0, []))
-        if not 0 <= now - read_at < FILTERS_READ_EVERY:
-            endpoints = await self._store.endpoints.filtering(tenant)
+        filtering = await self._filters({event.tenant for event in events})
+        for event in events:
+            for one in filtering[event.tenant]:
+                if one.takes(event.type, event.account):
+                    one.lets_through(event.body)
+                    await asyncio.sleep(0)
+
+    async def _filters(self, tenants: set[str]) -> Mapping[str, Sequence[Endpoint]]:
+        """The endpoints with a filter that each of the tenants has, or had a moment ago."""
+        now = self._now()
+        read = {one: self._filtering[one] for one in tenants if one in self._filtering}
+        known = {
+            one: endpoints
+            for one, (read_at, endpoints) in read.items()
+            if 0 <= now - read_at < FILTERS_READ_EVERY
+        }
+        unknown = tenants - known.keys()
+        if unknown:
+            found: dict[str, list[Endpoint]] = {one: [] for one in unknown}
+            for endpoint in await self._store.endpoints.filtering(sorted(unknown)):
+                found[endpoint.tenant].append(endpoint)
             if len(self._filtering) >= MOST_TENANTS:
                 self._filtering.clear()
-            self._filtering[tenant] = now, endpoints
-        for event in publication.events:
-            for one in endpoints:
-                one.wants(event)
-                await asyncio.sleep(0)
+            self._filtering |= {one: (now, endpoints) for one, endpoints in found.items()}
+            known |= found
+        return known
 
     async def _publish(self, publications: Sequence[Publication]) -> Sequence[Sequence[Event] | Refused]:
         handoff = self._handoff()
@@ -172,6 +188,7 @@ class Ingest:
             for id_, after in sorted(current.items())
             if (events := self._news(known[id_], after, now)) or after is not known[id_]
         ]
+        await self._filter([event for one in changes for event in one.events])
         handoff = self._handoff()
         fresh, claimed = await self._store.events.record(changes, asked, handoff, now=now)
         self._accept(claimed, handoff)
@@ -191,8 +208,7 @@ class Ingest:
         return [current.get(report.generation_id) for report in reports]
 
     def _trace(self, events: Sequence[Event]) -> None:
-        """Events that are about no generation have traces of their own; of what was there before it was
-        published again nothing is new."""
+        """Events that are about no generation have traces of their own, begun once: when they are stored."""
         if self._tracing is None:
             return
         for event in events:

@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import chain, repeat
 
 from relay.errors import Limited, StoreError
 from relay.ids import LATE
@@ -22,8 +23,8 @@ FEW, MANY = 100, 2_000
 TALLIED = 50_000
 # Counts of one tenant at once, and when another one may be asked for, milliseconds.
 COUNTS, COUNT_PAUSE = 5, 2_000
-# So often at most in one beat: others have their turn too.
-LOOKS = 20
+# So many seconds one beat looks for something, for all replays together; each looks once at least.
+LOOKING = 1.0
 # Deliveries that one transaction makes pending.
 MOST = 500
 
@@ -71,11 +72,13 @@ async def advance(
 ) -> None:
     """Goes on with every replay that is this relay's: `covers` says so of a name, until a time. `wake` is
     called with each destination that something has become pending for. Idempotent."""
-    for replay in await store.replays.open():
+    replays = [one for one in await store.replays.open() if covers(one.name, now())]
+    for replay in replays:
+        # Those before it have taken their time.
         if not covers(replay.name, now()):
             continue
         try:
-            destinations = await _go_on(store, replay, now=now())
+            destinations = await _go_on(store, replay, seconds=LOOKING / len(replays), now=now())
         except StoreError as error:
             if error.general:
                 raise
@@ -86,8 +89,10 @@ async def advance(
             wake(name)
 
 
-async def _go_on(store: Store, replay: Replay, *, now: int) -> set[str]:
+async def _go_on(store: Store, replay: Replay, *, seconds: float, now: int) -> set[str]:
     """Where something has become pending to."""
+    clock = asyncio.get_running_loop().time
+    over = clock() + seconds
     obstacle = await store.replays.obstacle(replay.selection)
     if obstacle is not None:
         await store.replays.fail(replay, obstacle, now=now)
@@ -103,9 +108,9 @@ async def _go_on(store: Store, replay: Replay, *, now: int) -> set[str]:
         return set()
     chosen, given, position = list[Found](), Counter[str](), replay.position
     following: str | None = position
-    for limit in (FEW, *(MANY,) * (LOOKS - 1)):
-        until = _committed(store, replay, now)
-        stretch = await store.replays.look(replay.selection, position, limit=limit, until=until)
+    for limit in chain([FEW], repeat(MANY)):
+        until, rest = _committed(store, replay, now), over - clock()
+        stretch = await store.replays.look(replay.selection, position, limit=limit, until=until, seconds=rest)
         names = {one.destination for one in stretch.found[:MOST]} - asked
         crowded |= await store.replays.crowded(names, now=now)
         asked |= names
@@ -115,7 +120,7 @@ async def _go_on(store: Store, replay: Replay, *, now: int) -> set[str]:
             following = position_before(stretch.found, left) or position
             break
         following = stretch.position or replay.selection.after(position)
-        if following is None or (stretch.position is not None and not stretch.more):
+        if following is None or (stretch.position is not None and not stretch.more) or clock() >= over:
             break
         position = following
     if following == replay.position and not chosen:

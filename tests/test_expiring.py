@@ -153,6 +153,35 @@ async def test_a_replay_after_the_expiry_brings_fresh_urls_and_stays_a_replay(wo
     assert len({one.headers["webhook-id"] for one in world.subscriber.received}) == 1
 
 
+@pytest.mark.parametrize("wanted", ["all", "missing"])
+async def test_a_replay_in_bulk_after_the_expiry_brings_fresh_urls(world: World, wanted: str):
+    relay = await world.relay()
+    await world.endpoint(relay)
+    for count in (1, 2, 3):
+        await world.watch(relay, "luma", duration=0)
+        await world.subscriber.got(count)
+    await deliveries(relay, lambda one: one["status"] == "delivered")
+    world.clock.forward(seconds=2 * HOUR)
+    late = await world.endpoint(relay, "/late")
+    body = {"status": wanted, "since": "1970-01-01T00:00:00Z", "endpoint_id": late["id"]}
+    if wanted == "all":
+        del body["endpoint_id"]
+    made = (await relay.api.post("/v1/replays", json=body)).json()
+    await relay.eventually(f"/v1/replays/{made['id']}", lambda one: one["status"] == "completed")
+    again = await world.subscriber.got(3, path="/late")
+    if wanted == "all":
+        again = [*again, *(await world.subscriber.got(6, path="/"))[3:]]
+    before = {one.headers["webhook-id"]: said(one) for one in world.subscriber.received[:3]}
+    for one in again:
+        old, new = before[one.headers["webhook-id"]], said(one)
+        assert old["id"] == new["id"]
+        assert old["outputs"][0]["url"] != new["outputs"][0]["url"]
+        assert (parse_rfc3339(new["outputs"][0]["expires_at"]) or 0) > world.clock()
+    assert len({one.headers["webhook-id"] for one in again}) == 3
+    # Each event once, for however many endpoints.
+    assert asks(world) == 6
+
+
 async def test_however_many_destinations_an_event_has_its_provider_is_asked_once(world: World):
     relay = await world.relay()
     paths = [f"/{n}" for n in range(10)]

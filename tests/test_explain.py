@@ -460,7 +460,7 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
         Expected({"SEARCH events (id>?)"}, rows=2 * 101),
     ),
     "whose filters to ask": (
-        lambda store: store.endpoints.filtering(TENANT),
+        lambda store: store.endpoints.filtering([TENANT]),
         Expected(set(), rows=1),
     ),
     "what a stream has missed": (

@@ -13,10 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.body import compact
+from relay.event import news
 from relay.filter import LONGEST, checked, passes
+from relay.generation import LearnedBy, Status, Update
+from relay.selection import Selection, Wanted
 from relay.store import endpoints
+from relay.store.events import Change
 from tests.conftest import World
 from tests.serving import Received
+from tests.test_store import (
+    NOTHING_HANDED_OVER,
+    NOW,
+    SECOND,
+    TENANT,
+    an_event,
+    prepared,
+    published,
+    registered,
+    watched,
+)
 
 GUIDE = Path(__file__).parent.parent / "docs" / "filters.md"
 DATA: dict[str, Any] = {
@@ -132,6 +147,19 @@ def test_no_filter_takes_long(number: int) -> None:
         assert time.process_time() - began < 2
 
 
+def test_what_was_found_of_a_whole_batch_is_still_known() -> None:
+    bodies = [compact({"data": {"raw": [[{}]] * 100, "n": number}}) for number in range(500)]
+
+    def seconds() -> float:
+        began = time.process_time()
+        for body in bodies:
+            for expression in EXPENSIVE[:2]:
+                passes(expression, body, endpoint="ep_1")
+        return time.process_time() - began
+
+    assert seconds() > 3 * seconds()
+
+
 def test_an_ordinary_one_has_room_enough() -> None:
     outputs = [{"url": f"https://a.example/{number}", "kind": "image"} for number in range(200)]
     data = {"outputs": outputs, "tags": [str(number) for number in range(2_000)], "text": "x" * 200_000}
@@ -215,6 +243,47 @@ async def test_expensive_filters_leave_others_their_turn(world: World) -> None:
     assert publishing.result().status_code == 201
     # Each waits for an evaluation or a few, not for all of them.
     assert turns > 20
+
+
+class Turns(logging.Handler):
+    """Counts the turns that others have, and says how many it were before each record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.found = 0, list[int]()
+
+    async def __call__(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            self.count += 1
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(self.count)
+
+
+@pytest.mark.parametrize("place", ["a replay", "a report"])
+async def test_others_have_their_turn_after_every_evaluation(tmp_path: Path, place: str) -> None:
+    async with prepared(f"sqlite:///{tmp_path}/relay.db") as store:
+        generation, selection = await watched(store), Selection(TENANT, Wanted.MISSING, until=NOW + SECOND)
+        update = Update(Status.PROCESSING, "processing")
+        begun = generation.after(update, now=NOW, learned_by=LearnedBy.POLL)
+        assert begun is not None
+        await published(store, an_event())
+        for number in range(endpoints.MOST_FILTERS):
+            # It says in the log when it is asked.
+            failing = f"length(`{number}`) == '{place}'"
+            await registered(store, event_types=["a.b", "generation.processing"], filter=failing)
+        turns, log = Turns(), logging.getLogger("relay.filter")
+        log.addHandler(turns)
+        others = asyncio.create_task(turns())
+        if place == "a replay":
+            await store.replays.look(selection, selection.start, limit=9, until=selection.until)
+        else:
+            change = Change(begun, news(generation, begun, now=NOW, progress_interval=SECOND))
+            await store.events.record([change], [], NOTHING_HANDED_OVER, now=NOW)
+        others.cancel()
+        log.removeHandler(turns)
+    assert len(set(turns.found)) == len(turns.found) == endpoints.MOST_FILTERS
 
 
 async def test_a_filter_that_is_none_is_refused_and_names_the_field(world: World) -> None:

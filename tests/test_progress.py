@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from relay.schedule import Report
 from relay.store import Store
 from relay.store.events import Change
 from tests.conftest import RunningRelay, World
-from tests.serving import Received
+from tests.serving import Received, until
 from tests.test_polling import only, provider_answering
 from tests.test_store import NOTHING_HANDED_OVER, asked, claimed_deliveries, prepared, registered, taking
 from tests.test_store import watched as stored_generation
@@ -389,6 +390,26 @@ async def test_what_another_tenant_asks_for_is_not_stored(store: Store):
     page = await store.events.page("another", {}, limit=10, cursor=None)
     assert {(one.type, one.generation_id) for one in page} == {(PROCESSING, theirs.id), (PROGRESS, theirs.id)}
     assert await by_type(store, ours) == {}
+
+
+async def test_filters_are_asked_about_what_is_told_before_anybody_waits_for_the_database(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    async with prepared(f"sqlite:///{tmp_path}/relay.db") as store:
+        for type_ in (PROGRESS, COMPLETED, event.FAILING):
+            # It says in the log when it is asked.
+            await registered(store, event_types=[type_], filter=f"length(data.progress) == '{type_}'")
+        first, second = await stored_generation(store), await stored_generation(store, "job-2")
+        ingest = ingest_of(store, Time())
+        with caplog.at_level(logging.WARNING, "relay.filter"):
+            async with asyncio.timeout(15), asyncio.TaskGroup() as group, store.database.write():
+                reports = (report(first, running(0.1)), report(second, DONE))
+                told = [group.create_task(ingest.record(one)) for one in reports]
+                failing = event.account_failing(TENANT, "luma", "luma", "why", now=NOW)
+                told.append(group.create_task(ingest.announce([failing])))
+                await until(lambda: len(caplog.records) == 3)
+                assert not any(one.done() for one in told)
+    assert {one.message for one in caplog.records} == {"filter.failed"}
 
 
 async def test_who_waits_for_the_end_is_not_answered_before(store: Store):

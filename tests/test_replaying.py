@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from relay.body import compact
 from relay.delivery import Status as Is
 from relay.endpoint import Endpoint
 from relay.errors import Conflict, Limited, StoreError
@@ -388,6 +389,51 @@ async def test_what_is_listed_comes_between_counts(tmp_path: Path):
         listing = store.deliveries.page(TENANT, {}, limit=9, cursor=None)
         await asyncio.gather(*counts, noted("list", listing))
     assert order.index("list") <= 1
+
+
+async def test_a_beat_ends_in_time_wherever_its_filters_have_come_to(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("relay.replay.LOOKING", 0)
+    await published(store, *(an_event(id=new_id("evt", NOW)) for _ in range(5)))
+    made = [await registered(store, event_types=["a.b"], filter=f"type || '{name}'") for name in "ab"]
+    replays = [await begun(store, Wanted.MISSING, endpoint_id=one.id) for one in made]
+    await beat(store, SOON + LATE)
+    # Each has its turn, and what is done is written down.
+    again = [await store.replays.get(TENANT, one.id) for one in replays]
+    assert [one.done for one in again if one is not None] == [1, 1]
+    assert [(await ended(store, one, now=SOON + LATE)).done for one in replays] == [5, 5]
+
+
+async def test_a_look_ends_in_time_wherever_its_filters_have_come_to(store: Store):
+    numbers = [an_event(id=new_id("evt", NOW + n), body=compact({"data": {"n": n}})) for n in range(5)]
+    await published(store, *numbers)
+    await registered(store, event_types=["a.b"], filter="data.n != `1`")
+    await registered(store, event_types=["a.b"])
+    selection = a_replay(Wanted.MISSING).selection
+    one = await store.replays.look(selection, selection.start, limit=9, until=SOON, seconds=0)
+    assert (len(one.found), one.position, one.more) == (2, numbers[0].id, True)
+    assert await count(store, selection) == 4 + 5
+
+
+async def test_what_is_listed_does_not_wait_for_filters(tmp_path: Path):
+    order = list[str]()
+
+    async def noted(name: str, work: Awaitable[object]) -> None:
+        await work
+        order.append(name)
+
+    async with prepared(f"sqlite:///{tmp_path}/relay.db") as store:
+        await published(store, *(an_event(id=new_id("evt", NOW)) for _ in range(3)))
+        await registered(store, event_types=["a.b"], filter="data.a")
+        selection = a_replay(Wanted.MISSING).selection
+        for work in (
+            store.replays.look(selection, selection.start, limit=9, until=SOON),
+            store.replays.tally(selection, selection.start, limit=9),
+        ):
+            listing = store.deliveries.page(TENANT, {}, limit=9, cursor=None)
+            await asyncio.gather(noted("look", work), noted("list", listing))
+    assert order == ["list", "look"] * 2
 
 
 async def test_what_another_relay_writes_late_is_not_passed_over(store: Store):

@@ -123,6 +123,17 @@ async def test_an_event_of_ones_own_has_a_trace_of_its_own(world: World, collect
         assert attempt.attributes["relay.event"] == event.attributes["relay.event"]
 
 
+async def test_what_is_published_again_begins_no_second_trace(world: World, collector: Collector):
+    async with world.running(tracing=collector.settings) as relay:
+        named, fresh = [{"type": "a.b", "data": {}, "id": name} for name in ("one", "two")]
+        key = {"Idempotency-Key": "k"}
+        for body, headers in ((named, {}), (named, {}), ([named, fresh], key), ([named, fresh], key)):
+            answer = await relay.api.post("/v1/events", json=body, headers=headers)
+            assert answer.status_code == 201, answer.text
+    assert [one.name for one in collector.spans] == ["event", "event"]
+    assert len({one.trace for one in collector.spans}) == 2
+
+
 @pytest.mark.parametrize("propagate", [False, True])
 async def test_subscribers_are_told_of_their_span_only_when_that_is_wanted(
     world: World, collector: Collector, propagate: bool

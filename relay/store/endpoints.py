@@ -61,15 +61,16 @@ class Endpoints:
         async with self._db.read() as tx:
             return await self._get(tx, tenant, endpoint_id)
 
-    async def filtering(self, tenant: str) -> Sequence[Endpoint]:
-        """Those with a filter that take something."""
+    async def filtering(self, tenants: Sequence[str]) -> Sequence[Endpoint]:
+        """Those of the tenants with a filter that take something."""
         async with self._db.read() as tx:
             rows = await tx.fetch(
                 """
                 SELECT * FROM endpoints
-                WHERE tenant = :tenant AND deleted_at IS NULL AND disabled_at IS NULL AND filter IS NOT NULL
+                WHERE tenant IN (:tenants) AND deleted_at IS NULL AND disabled_at IS NULL
+                    AND filter IS NOT NULL
                 """,
-                tenant=tenant,
+                tenants=tenants,
             )
         return [read_endpoint(self._keyring, row) for row in rows]
 

@@ -4,7 +4,8 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from operator import itemgetter
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from relay.endpoint import Endpoint
@@ -23,6 +24,8 @@ from relay.store.idempotency import Idempotency, created, reserve
 ENOUGH_WAITING = 16
 # Rows that are read, and bodies that are in memory, at once.
 READ, BODIES = 2_000, 50
+# So many seconds filters are asked in one go: somebody else may wait for their turn.
+ASKING = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,8 @@ class Stretch:
 
 
 class Replays:
-    """Every statement about replays; each method is one transaction."""
+    """Every statement about replays; each method is one transaction, but for the bodies that filters look
+    into: those are read by themselves, and asked about in none."""
 
     def __init__(self, database: Database, keyring: KeyRing) -> None:
         self._db, self._keyring = database, keyring
@@ -141,9 +145,12 @@ class Replays:
             )
         return {row["destination"] for row in rows}
 
-    async def look(self, selection: Selection, position: str, *, limit: int, until: int) -> Stretch:
+    async def look(
+        self, selection: Selection, position: str, *, limit: int, until: int, seconds: float = ASKING
+    ) -> Stretch:
         """What it is of among the next `limit` rows behind a position; of what is missing, what was made
-        before `until`, which is not later than its own."""
+        before `until`, which is not later than its own. After so many `seconds` no filter is asked about
+        one more event, and the stretch ends there."""
         async with self._db.read(browse=True) as tx:
             endpoints = await self._listening(tx, selection)
             if is_of_delivery(position):
@@ -153,6 +160,10 @@ class Replays:
             else:
                 rows = await _announced(tx, selection, position, limit, until)
                 found = await _lacking(tx, selection, rows, endpoints)
+        if not is_of_delivery(position):
+            found, asked_to = await self._let_through(found, endpoints, seconds)
+            if asked_to is not None:
+                return Stretch(found, asked_to, more=True)
         if len(rows) == limit:
             return Stretch(found, rows[-1]["id"], more=True)
         if until < selection.until:
@@ -218,6 +229,42 @@ class Replays:
             after = await self._get(tx, tenant, replay_id)
         if after is not None and after.status is not Status.CANCELED:
             raise Conflict(f"this replay has ended already: it is {after.status}")
+
+    async def _let_through(
+        self, lacking: Sequence[Found], endpoints: Mapping[str, Endpoint], seconds: float
+    ) -> tuple[Sequence[Found], str | None]:
+        """What the endpoints' filters let through; and the last event that they were asked about, when time
+        was over before the end. Few bodies are in memory at once, and others have their turn after every
+        evaluation."""
+        clock = asyncio.get_running_loop().time
+        over, let_through = clock() + seconds, list[Found]()
+        filters = {id_ for id_, one in endpoints.items() if one.filter is not None}
+        if not filters:
+            return lacking, None
+        events = [(id_, list(some)) for id_, some in groupby(lacking, key=attrgetter("event_id"))]
+        for start in range(0, len(events), BODIES):
+            portion = events[start : start + BODIES]
+            bodies = await self._bodies(
+                [id_ for id_, some in portion if any(one.endpoint_id in filters for one in some)]
+            )
+            for id_, some in portion:
+                for one in some:
+                    if one.endpoint_id not in filters:
+                        let_through.append(one)
+                    elif id_ in bodies:  # it may just have been removed
+                        if endpoints[one.endpoint_id].lets_through(bodies[id_]):
+                            let_through.append(one)
+                        await asyncio.sleep(0)
+                if id_ in bodies and clock() >= over and id_ != events[-1][0]:
+                    return let_through, id_
+        return let_through, None
+
+    async def _bodies(self, ids: Sequence[str]) -> Mapping[str, bytes]:
+        if not ids:
+            return {}
+        async with self._db.read(browse=True) as tx:
+            rows = await tx.fetch("SELECT id, body FROM events WHERE id IN (:ids)", ids=ids)
+        return {row["id"]: row["body"] for row in rows}
 
     async def _get(self, tx: Transaction, tenant: str, replay_id: str) -> Replay | None:
         rows = await tx.fetch(
@@ -441,7 +488,7 @@ def _lacks(selection: Selection, row: Row, endpoint: Endpoint) -> bool:
 async def _lacking(
     tx: Transaction, selection: Selection, rows: Sequence[Row], endpoints: Mapping[str, Endpoint]
 ) -> Sequence[Found]:
-    """What the endpoints want and have no delivery of."""
+    """What the endpoints want, as far as bodies do not matter, and have no delivery of."""
     wanted = [
         (row["id"], one.id)
         for row in rows
@@ -459,37 +506,11 @@ async def _lacking(
         ids=sorted({event_id for event_id, _ in wanted}),
     ):
         there[row["event_id"]].add(row["endpoint_id"])
-    lacking = [
-        (event_id, endpoint_id) for event_id, endpoint_id in wanted if endpoint_id not in there[event_id]
-    ]
-    held_back = await _held_back(tx, lacking, endpoints)
     return [
         Found(event_id, event_id, None, endpoint_id, endpoint_id)
-        for event_id, endpoint_id in lacking
-        if (event_id, endpoint_id) not in held_back
+        for event_id, endpoint_id in wanted
+        if endpoint_id not in there[event_id]
     ]
-
-
-async def _held_back(
-    tx: Transaction, lacking: Sequence[tuple[str, str]], endpoints: Mapping[str, Endpoint]
-) -> set[tuple[str, str]]:
-    """What the endpoints' filters do not let through. Few bodies are in memory at once, and between them
-    others have their turn."""
-    filtered = defaultdict[str, list[Endpoint]](list)
-    for event_id, endpoint_id in lacking:
-        if endpoints[endpoint_id].filter is not None:
-            filtered[event_id].append(endpoints[endpoint_id])
-    held_back, ids = set[tuple[str, str]](), list(filtered)
-    for start in range(0, len(ids), BODIES):
-        rows = await tx.fetch(
-            "SELECT id, body FROM events WHERE id IN (:ids)", ids=ids[start : start + BODIES]
-        )
-        for row in rows:
-            held_back |= {
-                (row["id"], one.id) for one in filtered[row["id"]] if not one.lets_through(row["body"])
-            }
-            await asyncio.sleep(0)
-    return held_back
 
 
 def _again(replay: Replay, one: Found, now: int) -> dict[str, Any]:
