@@ -425,6 +425,23 @@ async def test_a_value_that_is_not_there_cannot_be_kept(world: World) -> None:
     assert await headers_at(world, relay, made["id"]) == {"x-auth": "some-value"}
 
 
+async def test_a_header_is_not_kept_for_another_host_however_two_changes_meet(
+    database_url: str, world: World
+) -> None:
+    relay = await world.relay(database=database_url)
+    for _ in range(10):
+        made = await world.endpoint(relay, headers={"x-auth": "some-value"})
+        path = f"/v1/endpoints/{made['id']}"
+        moved, kept = await asyncio.gather(
+            relay.api.patch(path, json={"url": "https://other.example/"}),
+            relay.api.patch(path, json={"headers": {"x-auth": "[redacted]"}}),
+        )
+        # Who comes second either moves without them or has none to keep.
+        assert (moved.status_code, kept.status_code) in ((200, 200), (200, 422))
+        after = (await relay.api.get(path)).json()
+        assert (after["url"], after["headers"]) == ("https://other.example/", {})
+
+
 @pytest.mark.parametrize(
     "url",
     ["https://user:the-password/x@host.example", "https://host.example:the-password/", "https://the\u2028x"],

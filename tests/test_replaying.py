@@ -142,7 +142,8 @@ class Course:
                     await self.store.endpoints.enable(TENANT, self.endpoints[-1 if one else 0].id, now=at)
 
     async def _change(self, place: int, changes: dict[str, Any], at: int) -> None:
-        changed = await self.store.endpoints.change(TENANT, self.endpoints[place].id, changes, now=at)
+        id_ = self.endpoints[place].id
+        changed = await self.store.endpoints.change(TENANT, id_, lambda _: changes, now=at)
         assert changed is not None
         self.endpoints[place] = changed
 

@@ -541,11 +541,9 @@ async def test_changing_an_endpoint_leaves_its_state_and_other_tenants_alone(sto
     made = await registered(store)
     await store.endpoints.disable(TENANT, made.id, reason="why", now=NOW + 1)
     changes = {"url": "https://b.test/", "description": "new"}
-    await store.endpoints.change(TENANT, made.id, changes, now=NOW + 2)
-    assert (
-        await store.endpoints.change("another tenant", made.id, {"url": "https://evil.test/"}, now=NOW)
-        is None
-    )
+    await store.endpoints.change(TENANT, made.id, lambda _: changes, now=NOW + 2)
+    theirs = {"url": "https://evil.test/"}
+    assert await store.endpoints.change("another tenant", made.id, lambda _: theirs, now=NOW) is None
     changed = await store.endpoints.get(TENANT, made.id)
     assert changed == replace(
         made, url="https://b.test/", description="new", updated_at=NOW + 2, disabled_at=NOW + 1,
@@ -560,7 +558,7 @@ async def test_every_field_that_its_owner_may_change_is_changed_and_no_other(sto
         "headers": {"x-a": "1"}, "rate_limit": 2.5, "metadata": {"n": [1, None]},
     }  # fmt: skip
     others = {"id": "ep_other", "tenant": "t", "secrets": "s", "disabled_at": 1, "created_at": 1}
-    changed = await store.endpoints.change(TENANT, made.id, changes | others, now=NOW + 1)
+    changed = await store.endpoints.change(TENANT, made.id, lambda _: changes | others, now=NOW + 1)
     assert changed == replace(made, **changes, updated_at=NOW + 1)
     assert await store.endpoints.get(TENANT, made.id) == changed
 
@@ -569,7 +567,8 @@ async def test_what_is_deleted_is_neither_changed_nor_given_a_secret(store: Stor
     made = await registered(store)
     await store.endpoints.delete(TENANT, made.id, now=NOW)
     before = await rows(store, "SELECT * FROM endpoints")
-    assert await store.endpoints.change(TENANT, made.id, {"url": "https://b.test/"}, now=NOW + 1) is None
+    changes = {"url": "https://b.test/"}
+    assert await store.endpoints.change(TENANT, made.id, lambda _: changes, now=NOW + 1) is None
     await store.endpoints.rotate(TENANT, made.id, "new", expires_at=NOW + 9, now=NOW + 1)
     await store.endpoints.enable(TENANT, made.id, now=NOW + 1)
     assert await rows(store, "SELECT * FROM endpoints") == before
