@@ -22,6 +22,7 @@ from relay.replay import COUNTS, Counting, advance, count
 from relay.selection import Replay, Selection, Status, Wanted
 from relay.store import Store
 from relay.store.deliveries import LONGEST_ATTEMPT
+from relay.store.replays import MOST_OPEN
 from tests.test_store import (
     NOTHING_HANDED_OVER,
     NOW,
@@ -300,6 +301,19 @@ async def test_of_replays_that_are_begun_at_once_one_is_made(store: Store):
     assert of == [None] or sorted(str(one) for one in of) == ["ep_0", "ep_1"]
     for refusal in refused:
         assert any(one.id in str(refusal) for one in made)
+
+
+async def test_a_tenant_has_only_so_many_replays_that_have_not_ended(store: Store):
+    first, *_ = [await begun(store, Wanted.ALL, endpoint_id=f"ep_{n}") for n in range(MOST_OPEN)]
+    one_more = a_replay(Wanted.ALL, endpoint_id="ep_more")
+    with pytest.raises(Conflict, match=f"{MOST_OPEN} replays have not ended"):
+        await store.replays.create(one_more, None)
+    theirs = a_replay(Wanted.ALL, endpoint_id="ep_theirs")
+    assert await store.replays.create(
+        replace(theirs, selection=replace(theirs.selection, tenant="acme")), None
+    )
+    await store.replays.cancel(TENANT, first.id, now=SOON)
+    assert await store.replays.create(one_more, None) == one_more
 
 
 async def test_the_database_itself_refuses_a_second_replay_of_an_endpoint(store: Store):

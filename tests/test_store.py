@@ -23,7 +23,7 @@ from relay.prune import prune
 from relay.schedule import CALLED, LEAST_RATE, Ask, Asked
 from relay.store import Store, open_database, store_on
 from relay.store.audit import Entry, note
-from relay.store.events import Change, Handoff, Publication
+from relay.store.events import AT_ONCE, Change, Handoff, Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
 from relay.store.idempotency import Idempotency
 from relay.store.migrate import migrate, pending
@@ -525,6 +525,29 @@ async def test_the_audit_log_is_removed_with_its_age(store: Store):
 
 
 # Endpoints.
+
+
+async def test_many_deliveries_of_one_transaction_leave_others_their_turn(store: Store):
+    for _ in range(20):
+        await registered(store, event_types=["a.b"])
+    turns, seen = 0, list[int]()
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def takes(destination: str, size: int) -> bool:
+        seen.append(turns)
+        return False
+
+    others = asyncio.create_task(take_turns())
+    await published(store, *(an_event() for _ in range(100)), handoff=Handoff("", NOW, takes))
+    others.cancel()
+    # Between the first that is made and the last.
+    assert (len(seen), len(set(seen))) == (2000, 2000 // AT_ONCE)
+    assert len(await rows(store, "SELECT id FROM deliveries")) == 2000
 
 
 async def test_an_endpoint_comes_back_as_it_was_registered(store: Store):

@@ -16,7 +16,7 @@ from relay.store.idempotency import Idempotency, reserve
 from relay.store.sealed import opened
 
 # Of a tenant: each is asked about every event, in the transaction that stores it.
-MOST_FILTERS = 20
+MOST, MOST_FILTERS = 1_000, 20
 _CHANGEABLE = ("url", "description", "event_types", "accounts", "filter", "headers", "rate_limit", "metadata")
 _JSON = ("event_types", "accounts", "metadata")
 
@@ -32,13 +32,14 @@ class Endpoints:
         self, endpoint: Endpoint, idempotency: Idempotency | None, *, entry: Entry | None = None
     ) -> Endpoint | None:
         """The new endpoint, or the one that the key created before; None when that one is gone. Raises
-        Conflict when it has a filter and MOST_FILTERS others have."""
+        Conflict when there are MOST, or when it has a filter and MOST_FILTERS others have."""
         async with self._db.write() as tx:
             before = await reserve(
                 tx, endpoint.tenant, idempotency, resource_id=endpoint.id, status=201, now=endpoint.created_at
             )
             if before is not None:
                 return await self._get(tx, endpoint.tenant, before[0])
+            await _check_room(tx, endpoint.tenant)
             if endpoint.filter is not None:
                 await _check_filters(tx, endpoint.tenant, endpoint.id)
             await tx.execute(
@@ -246,6 +247,14 @@ class Endpoints:
     def _sealed_secrets(self, tenant: str, endpoint_id: str, secrets: Sequence[Secret]) -> str:
         place = ("endpoints", "secrets", endpoint_id, tenant)
         return self._keyring.seal(json.dumps([asdict(one) for one in secrets]), *place)
+
+
+async def _check_room(tx: Transaction, tenant: str) -> None:
+    [row] = await tx.fetch(
+        "SELECT COUNT(*) AS count FROM endpoints WHERE tenant = :tenant AND deleted_at IS NULL", tenant=tenant
+    )
+    if row["count"] >= MOST:
+        raise Conflict(f"there are {MOST} endpoints already, more are not taken: delete one")
 
 
 async def _check_filters(tx: Transaction, tenant: str, endpoint_id: str) -> None:

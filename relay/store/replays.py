@@ -21,6 +21,8 @@ from relay.store.idempotency import Idempotency, created, reserve
 
 # So many deliveries of an endpoint that are due and that nobody has taken are as much as it takes for now.
 ENOUGH_WAITING = 16
+# Of a tenant, open at once: each is looked after in every beat.
+MOST_OPEN = 20
 # Rows that are read, and bodies that are in memory, at once.
 READ, BODIES = 2_000, 50
 
@@ -47,7 +49,8 @@ class Replays:
     ) -> Replay | None:
         """The new replay, or the one that the key created before; None when that one is gone.
 
-        Raises Conflict, which names it, while another one is of the same endpoint, or of all of them.
+        Raises Conflict, which names it, while another one is of the same endpoint, or of all of them; and
+        while MOST_OPEN of the tenant have not ended.
         """
         one = replay.selection
         async with self._db.write() as tx:
@@ -58,9 +61,12 @@ class Replays:
                 return await self._get(tx, one.tenant, before[0])
             # One at a time of a tenant: what one relay has just begun, the next one finds.
             await tx.execute("UPDATE tenants SET id = id WHERE id = :tenant", tenant=one.tenant)
-            for row in await tx.fetch(_OPEN_OF_TENANT, tenant=one.tenant):
+            others = await tx.fetch(_OPEN_OF_TENANT, tenant=one.tenant)
+            for row in others:
                 if one.endpoint_id is None or row["endpoint_id"] in (None, one.endpoint_id):
                     raise _conflict(row)
+            if len(others) >= MOST_OPEN:
+                raise Conflict(f"{MOST_OPEN} replays have not ended: wait for one, or cancel it")
             await tx.execute(_INSERT, **_values(replay))
             await note(tx, entry)
         return replay

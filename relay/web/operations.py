@@ -3,7 +3,9 @@
 from relay.key import Scope
 from relay.live import STREAMS
 from relay.replay import COUNTS
+from relay.store.endpoints import MOST as MOST_ENDPOINTS
 from relay.store.endpoints import MOST_FILTERS
+from relay.store.replays import MOST_OPEN
 from relay.store.types import MOST as MOST_TYPES
 from relay.web import admin, api
 from relay.web import resources as r
@@ -25,7 +27,10 @@ OPERATIONS = (
         r.EndpointWithSecret,
         {
             201: "Registered; the secret is shown here and by GET …/secret only",
-            409: f"{MOST_FILTERS} endpoints have a filter already, or what this key created is gone",
+            409: (
+                f"There are {MOST_ENDPOINTS} endpoints already, or {MOST_FILTERS} with a filter; or what this"
+                " key created is gone"
+            ),
         },
         body=r.EndpointCreate,
         creates=True,
@@ -316,7 +321,7 @@ OPERATIONS = (
             409: "It is not finished, or its endpoint takes nothing",
             429: (
                 f"More than {api.REPLAYS_A_SECOND} replays a second, after the first"
-                f" {api.REPLAYS_AT_ONCE}, or {COUNTS} are being counted: see Retry-After"
+                f" {api.REPLAYS_AT_ONCE}: see Retry-After"
             ),
         },
     ),
@@ -330,10 +335,13 @@ OPERATIONS = (
         {
             202: "It begins soon; GET …/{id} tells how far it has come",
             200: "With dry_run: how many there are",
-            409: "Another replay of this endpoint has not ended: its id is in the detail; or it is disabled",
+            409: (
+                "Another replay of this endpoint has not ended: its id is in the detail; or it is disabled; or"
+                f" {MOST_OPEN} replays have not ended"
+            ),
             429: (
                 f"More than {api.REPLAYS_A_SECOND} replays a second, after the first"
-                f" {api.REPLAYS_AT_ONCE}: see Retry-After"
+                f" {api.REPLAYS_AT_ONCE}, or {COUNTS} are being counted: see Retry-After"
             ),
         },
         body=r.ReplayCreate,
