@@ -22,7 +22,6 @@ from relay.store.generations import write_update
 from relay.store.idempotency import Idempotency, correct, created, reserve
 from relay.store.tenants import read_signing_secret
 
-
 # Deliveries that are made, or written, in one go: others have their turn between.
 AT_ONCE = 500
 

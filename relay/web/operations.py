@@ -29,7 +29,7 @@ OPERATIONS = (
             201: "Registered; the secret is shown here and by GET …/secret only",
             409: (
                 f"There are {MOST_ENDPOINTS} endpoints already, or {MOST_FILTERS} with a filter; or what this"
-                " key created is gone"
+                " key created is gone, or its secret cannot be opened"
             ),
         },
         body=r.EndpointCreate,
@@ -119,7 +119,7 @@ OPERATIONS = (
         "Show an endpoint's secret",
         api.get_secret,
         r.SecretResource,
-        _FOUND,
+        {**_FOUND, 409: "It cannot be opened: it was changed in the database"},
     ),
     Operation(
         "GET",
@@ -128,7 +128,7 @@ OPERATIONS = (
         "Show what deliveries to callback_url are signed with",
         api.get_signing_secret,
         r.SecretResource,
-        {200: "The secret"},
+        {200: "The secret", 409: "It cannot be opened: it was changed in the database"},
     ),
     Operation(
         "POST",
@@ -336,8 +336,8 @@ OPERATIONS = (
             202: "It begins soon; GET …/{id} tells how far it has come",
             200: "With dry_run: how many there are",
             409: (
-                "Another replay of this endpoint has not ended: its id is in the detail; or it is disabled; or"
-                f" {MOST_OPEN} replays have not ended"
+                "Another replay of this endpoint has not ended: its id is in the detail; or it is disabled;"
+                f" or {MOST_OPEN} replays have not ended"
             ),
             429: (
                 f"More than {api.REPLAYS_A_SECOND} replays a second, after the first"
