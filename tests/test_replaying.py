@@ -20,7 +20,7 @@ from relay.event import Event
 from relay.ids import LATE, new_id
 from relay.replay import COUNTS, Counting, advance, count
 from relay.selection import Replay, Selection, Status, Wanted
-from relay.store import Store
+from relay.store import Store, replays
 from relay.store.deliveries import LONGEST_ATTEMPT
 from relay.store.replays import MOST_OPEN
 from tests.test_store import (
@@ -301,6 +301,23 @@ async def test_of_replays_that_are_begun_at_once_one_is_made(store: Store):
     assert of == [None] or sorted(str(one) for one in of) == ["ep_0", "ep_1"]
     for refusal in refused:
         assert any(one.id in str(refusal) for one in made)
+
+
+async def test_what_many_endpoints_lack_is_looked_for_in_smaller_steps_and_none_is_left_out(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(replays, "PAIRS", 6)
+    for _ in range(10):
+        await published(store, an_event(id=new_id("evt", NOW)))
+    for _ in range(3):
+        await registered(store, event_types=["a.b"])
+    replay = a_replay(Wanted.MISSING)
+    first = await store.replays.look(replay.selection, replay.selection.start, limit=100, until=SOON)
+    assert (len(first.found), first.more) == (6, True)
+    assert await count(store, replay.selection) == 30
+    await store.replays.create(replay, None)
+    assert (await ended(store, replay)).done == 30
+    assert len(await there(store)) == 30
 
 
 async def test_a_tenant_has_only_so_many_replays_that_have_not_ended(store: Store):

@@ -25,6 +25,8 @@ ENOUGH_WAITING = 16
 MOST_OPEN = 20
 # Rows that are read, and bodies that are in memory, at once.
 READ, BODIES = 2_000, 50
+# Events, each with each endpoint, that are compared at once.
+PAIRS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +150,8 @@ class Replays:
         return {row["destination"] for row in rows}
 
     async def look(self, selection: Selection, position: str, *, limit: int, until: int) -> Stretch:
-        """What it is of among the next `limit` rows behind a position; of what is missing, what was made
-        before `until`, which is not later than its own."""
+        """What it is of among the next `limit` rows behind a position, or fewer of them where endpoints are
+        many; of what is missing, what was made before `until`, which is not later than its own."""
         async with self._db.read(browse=True) as tx:
             endpoints = await self._listening(tx, selection)
             if is_of_delivery(position):
@@ -157,6 +159,7 @@ class Replays:
                 found = _of_deliveries(selection, rows, endpoints)
                 until = selection.until
             else:
+                limit = min(limit, max(1, PAIRS // max(1, len(endpoints))))
                 rows = await _announced(tx, selection, position, limit, until)
                 found = await _lacking(tx, selection, rows, endpoints)
         if len(rows) == limit:
@@ -423,14 +426,14 @@ async def _tally_lacking(
         **stretch,
     )
     count = 0
+    for row in there:
+        taker = endpoints.get(row["endpoint_id"])
+        if taker is not None and _lacks(selection, row, taker):
+            count -= row["count"]
     for endpoint in endpoints.values():
-        wanted = [row["count"] for row in announced if _lacks(selection, row, endpoint)]
-        had = [
-            row["count"]
-            for row in there
-            if row["endpoint_id"] == endpoint.id and _lacks(selection, row, endpoint)
-        ]
-        count += sum(wanted) - sum(had)
+        count += sum(row["count"] for row in announced if _lacks(selection, row, endpoint))
+        # Others get on between them.
+        await asyncio.sleep(0)
     return count, last[0]["id"] if last else None
 
 
