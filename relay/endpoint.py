@@ -26,11 +26,14 @@ _FORBIDDEN_HEADERS = {
         "cookie",
         "date",
     ),
-    *("expect", "host", "keep-alive", "metadata", "metadata-flavor", "origin", "proxy-authenticate"),
-    *("proxy-authorization", "proxy-connection", "referer", "te", "trailer", "transfer-encoding", "upgrade"),
-    *("user-agent", "via", "x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds"),
+    *("expect", "forwarded", "host", "keep-alive", "metadata", "metadata-flavor", "origin"),
+    *("proxy-authenticate", "proxy-authorization", "proxy-connection", "referer", "te", "trailer"),
+    *("transfer-encoding", "upgrade", "user-agent", "via", "x-method-override", "x-real-ip", "x-rewrite-url"),
 }
-_FORBIDDEN_PREFIXES = ("webhook-", "x-amz-", "x-goog-", "x-azure-", "x-forwarded-", "sec-")
+_FORBIDDEN_PREFIXES = (
+    *("sec-", "webhook-", "x-amz-", "x-aws-ec2-metadata-token", "x-azure-", "x-forwarded", "x-goog-"),
+    *("x-http-method", "x-original-"),
+)
 _SENSITIVE = ("auth", "token", "key", "secret", "password", "credential", "signature", "cookie")
 
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]

@@ -27,6 +27,7 @@ from relay.errors import ConfigError, CopyFailed
 from relay.key import Key, Scope, hash_of, id_of, new_key
 from relay.keyring import KeyRing
 from relay.limit import LOWEST_RATE
+from relay.rekey import Rekeyed
 from relay.rekey import rekey as rekey_database
 from relay.store import Store, open_database, store_on
 from relay.store.audit import Entry
@@ -234,8 +235,13 @@ def rekey(config: Config = None) -> None:
             tasks[table] = bars.add_task(table, total=None)
         bars.update(tasks[table], completed=rows)
 
+    async def seal(store: Store) -> Rekeyed:
+        entry = Entry(DEFAULT, wall_clock(), "cli", "secrets.rekeyed", store.sealed.newest)
+        await store.audit.add(entry)
+        return await rekey_database(store.sealed, show=show)
+
     with bars:
-        done = _with_store(config, lambda store: rekey_database(store.sealed, show=show))
+        done = _with_store(config, seal)
     complaints = [f"{where} cannot be opened: it was changed in the database" for where in done.broken]
     if done.left:
         complaints.append(

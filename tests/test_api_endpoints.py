@@ -8,6 +8,7 @@ import httpx
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from relay.store import endpoints
 from tests.conftest import ADMIN_KEY, RunningRelay, World
 from tests.serving import Received
 
@@ -423,6 +424,47 @@ async def test_a_value_that_is_not_there_cannot_be_kept(world: World) -> None:
         answer = await relay.api.patch(path, json=change)
         assert (answer.status_code, named(answer)) == (422, ["headers"])
     assert await headers_at(world, relay, made["id"]) == {"x-auth": "some-value"}
+
+
+async def test_a_tenant_has_only_so_many_endpoints(
+    database_url: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "MOST", 3)
+    relay = await world.relay(database=database_url)
+    key, body = {"idempotency-key": "k"}, {"url": URL}
+    first = (await relay.api.post("/v1/endpoints", json=body, headers=key)).json()
+    for path in ("/a", "/b"):
+        last = await world.endpoint(relay, path)
+    # One that takes nothing counts as well; a neighbour's do not.
+    assert (await relay.api.post(f"/v1/endpoints/{last['id']}/disable")).status_code == 200
+    answer = await relay.api.post("/v1/endpoints", json=body)
+    assert (answer.status_code, "there are 3 endpoints already" in answer.json()["detail"]) == (409, True)
+    neighbour = await world.member(relay, "write", tenant="acme")
+    assert (await neighbour.post("/v1/endpoints", json=body)).status_code == 201
+    # What was created before is told again, and may be changed.
+    again = await relay.api.post("/v1/endpoints", json=body, headers=key)
+    assert (again.status_code, again.json()["id"]) == (201, first["id"])
+    change = await relay.api.patch(f"/v1/endpoints/{first['id']}", json={"description": "orders"})
+    assert change.status_code == 200
+    assert (await relay.api.delete(f"/v1/endpoints/{last['id']}")).status_code == 204
+    assert (await relay.api.post("/v1/endpoints", json=body)).status_code == 201
+
+
+async def test_a_header_is_not_kept_for_another_host_however_two_changes_meet(
+    database_url: str, world: World
+) -> None:
+    relay = await world.relay(database=database_url)
+    for _ in range(10):
+        made = await world.endpoint(relay, headers={"x-auth": "some-value"})
+        path = f"/v1/endpoints/{made['id']}"
+        moved, kept = await asyncio.gather(
+            relay.api.patch(path, json={"url": "https://other.example/"}),
+            relay.api.patch(path, json={"headers": {"x-auth": "[redacted]"}}),
+        )
+        # Who comes second either moves without them or has none to keep.
+        assert (moved.status_code, kept.status_code) in ((200, 200), (200, 422))
+        after = (await relay.api.get(path)).json()
+        assert (after["url"], after["headers"]) == ("https://other.example/", {})
 
 
 @pytest.mark.parametrize(

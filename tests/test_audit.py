@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from relay.keyring import KeyRing
 from relay.store import open_database
 from tests.conftest import RunningRelay, World
 from tests.test_api_rules import at, operations
@@ -105,6 +106,19 @@ async def test_the_key_of_the_configuration_and_relay_itself_have_names_in_the_l
     relay = await world.relay()
     await world.endpoint(relay)
     assert [one["actor"] for one in await audited(relay.api)] == ["admin_key"]
+
+
+async def test_an_endpoint_that_relay_gives_up_is_on_record_once(database_url: str, world: World) -> None:
+    relay = await world.relay(database=database_url)
+    gone = await world.endpoint(relay, "/gone", event_types=["a.b"])
+    world.subscriber.answer(410, path="/gone")
+    answer = await relay.api.post("/v1/events", json=[{"type": "a.b", "data": {}}] * 5)
+    assert answer.status_code == 201
+    path = f"/v1/endpoints/{gone['id']}"
+    await relay.eventually(path, lambda one: one["status"] == "disabled")
+    assert (await relay.api.post(path + "/disable")).status_code == 200
+    log = await audited(relay.api, action="endpoint.disabled")
+    assert [(one["object"], one["actor"], one["address"]) for one in log] == [(gone["id"], "relay", None)]
 
 
 async def test_what_was_not_done_is_not_on_record(database_url: str, world: World) -> None:
@@ -258,6 +272,10 @@ async def test_what_is_done_on_the_command_line_is_on_record(database_url: str, 
         ("key.revoked", listed["id"], "cli", None),
     ]
     assert made.out.strip()[-43:] not in str(log)
+    assert (await program("rekey", cwd=world.directory)).code == 0
+    key_id = KeyRing([relay.settings.secret_key]).newest
+    log = await audited(relay.api, action="secrets.rekeyed")
+    assert [(one["object"], one["actor"], one["address"]) for one in log] == [(key_id, "cli", None)]
 
 
 def test_no_statement_changes_an_entry_and_only_retention_removes_one() -> None:

@@ -477,8 +477,8 @@ async def test_rotations_and_changes_at_once_all_happen(url: str, relays: Sequen
     works = [
         relays[0].endpoints.rotate(TENANT, made.id, "whsec_2", expires_at=NOW + DAY, now=NOW),
         relays[1].endpoints.rotate(TENANT, made.id, "whsec_3", expires_at=NOW + DAY, now=NOW),
-        relays[2].endpoints.change(TENANT, made.id, {"description": "d"}, now=NOW),
-        relays[3].endpoints.change(TENANT, made.id, {"rate_limit": 2.5}, now=NOW),
+        relays[2].endpoints.change(TENANT, made.id, lambda _: {"description": "d"}, now=NOW),
+        relays[3].endpoints.change(TENANT, made.id, lambda _: {"rate_limit": 2.5}, now=NOW),
     ]
     lock = "SELECT 1 FROM endpoints WHERE id = $1 FOR UPDATE"
     await all_at_once(url, lock, *works, values=[made.id])
@@ -486,6 +486,28 @@ async def test_rotations_and_changes_at_once_all_happen(url: str, relays: Sequen
     assert after is not None
     assert {one.symmetric for one in after.secrets} == {"whsec_1", "whsec_2", "whsec_3"}
     assert (after.description, after.rate_limit) == ("d", 2.5)
+
+
+async def test_a_change_is_made_of_what_the_change_before_it_has_left(url: str, relays: Sequence[Store]):
+    made = await registered(relays[0], headers={"x-auth": "some-value"})
+    moved = {"url": "https://other.test/", "headers": {}}
+    lock = "SELECT 1 FROM endpoints WHERE id = $1 FOR UPDATE"
+    async with holding(url, lock, made.id):
+        first = asyncio.create_task(relays[0].endpoints.change(TENANT, made.id, lambda _: moved, now=NOW))
+        await until_waiting(url, 1)
+        second = asyncio.create_task(
+            relays[1].endpoints.change(
+                TENANT,
+                made.id,
+                lambda before: {"description": before.url, "headers": before.headers},
+                now=NOW,
+            )
+        )
+        await until_waiting(url, 2)
+    await asyncio.gather(first, second)
+    after = await relays[0].endpoints.get(TENANT, made.id)
+    assert after is not None
+    assert (after.url, after.description, after.headers) == ("https://other.test/", "https://other.test/", {})
 
 
 async def test_what_is_deleted_stays_disabled_however_it_is_enabled_at_that_moment(

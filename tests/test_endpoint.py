@@ -196,8 +196,10 @@ def test_a_header_of_one_s_own_may_be_sent(name, value):
 FORBIDDEN = """
     Host Connection Content-Length Content-Type Content-Encoding Transfer-Encoding TE Trailer Upgrade Expect
     Keep-Alive Cookie User-Agent Proxy-Authorization Metadata Metadata-Flavor X-aws-ec2-metadata-token
-    X-aws-ec2-metadata-token-ttl-seconds webhook-id Webhook-Signature webhook-timestamp webhook-x X-Amz-Date
-    x-goog-api-key X-Azure-Ref
+    X-aws-ec2-metadata-token-ttl-seconds X-Aws-Ec2-Metadata-Token-X webhook-id Webhook-Signature
+    webhook-timestamp webhook-x X-Amz-Date x-goog-api-key X-Azure-Ref Forwarded X-Forwarded X-Forwarded-Host
+    X-Real-IP X-Original-URL X-Original-Host X-Rewrite-URL X-HTTP-Method X-HTTP-Method-Override
+    X-Method-Override
 """
 
 

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from relay.app import build
 from relay.config import read_config
 from tests.conftest import RunningRelay, World
+from tests.test_audit import run
 
 JSON, PROBLEM, STREAM = "application/json", "application/problem+json", "text/event-stream"
 ENDINGS = {"generation.completed", "generation.failed", "generation.canceled", "generation.timed_out"}
@@ -220,7 +221,7 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     await walk("PATCH", "/v1/generations/{id}", nameless, content=b"{")
     await walk("DELETE", "/v1/generations/{id}", nameless)
     await walk("DELETE", "/v1/generations/{id}", nameless)
-    await walk("GET", "/v1/signing-secret")
+    assert (await walk("GET", "/v1/signing-secret"))["secret"]
     await walk("GET", "/v1/endpoints/{id}", endpoint)
     await walk("PATCH", "/v1/endpoints/{id}", endpoint, json={"description": "x", "event_types": ["a.b"]})
     await walk("GET", "/v1/endpoints/{id}/secret", endpoint)
@@ -263,3 +264,9 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     assert walk.left == set()
     # What the key created is gone.
     await walk("POST", "/v1/endpoints", json=body, headers=key)
+    # Secrets that were changed in the database.
+    endpoint = (await walk("POST", "/v1/endpoints", json=body))["id"]
+    for change in ("UPDATE endpoints SET secrets = 'x'", "UPDATE tenants SET signing_secret = 'x'"):
+        await run(relay.settings.database, change)
+    for path in ("/v1/endpoints/{id}/secret", "/v1/signing-secret"):
+        assert (await walk("GET", path, endpoint))["status"] == 409

@@ -21,8 +21,9 @@ from relay.event import Event
 from relay.ids import LATE, new_id
 from relay.replay import COUNTS, Counting, advance, count
 from relay.selection import Replay, Selection, Status, Wanted
-from relay.store import Store
+from relay.store import Store, replays
 from relay.store.deliveries import LONGEST_ATTEMPT
+from relay.store.replays import MOST_OPEN
 from tests.test_store import (
     NOTHING_HANDED_OVER,
     NOW,
@@ -143,7 +144,8 @@ class Course:
                     await self.store.endpoints.enable(TENANT, self.endpoints[-1 if one else 0].id, now=at)
 
     async def _change(self, place: int, changes: dict[str, Any], at: int) -> None:
-        changed = await self.store.endpoints.change(TENANT, self.endpoints[place].id, changes, now=at)
+        id_ = self.endpoints[place].id
+        changed = await self.store.endpoints.change(TENANT, id_, lambda _: changes, now=at)
         assert changed is not None
         self.endpoints[place] = changed
 
@@ -300,6 +302,36 @@ async def test_of_replays_that_are_begun_at_once_one_is_made(store: Store):
     assert of == [None] or sorted(str(one) for one in of) == ["ep_0", "ep_1"]
     for refusal in refused:
         assert any(one.id in str(refusal) for one in made)
+
+
+async def test_what_many_endpoints_lack_is_looked_for_in_smaller_steps_and_none_is_left_out(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(replays, "PAIRS", 6)
+    for _ in range(10):
+        await published(store, an_event(id=new_id("evt", NOW)))
+    for _ in range(3):
+        await registered(store, event_types=["a.b"])
+    replay = a_replay(Wanted.MISSING)
+    first = await store.replays.look(replay.selection, replay.selection.start, limit=100, until=SOON)
+    assert (len(first.found), first.more) == (6, True)
+    assert await count(store, replay.selection) == 30
+    await store.replays.create(replay, None)
+    assert (await ended(store, replay)).done == 30
+    assert len(await there(store)) == 30
+
+
+async def test_a_tenant_has_only_so_many_replays_that_have_not_ended(store: Store):
+    first, *_ = [await begun(store, Wanted.ALL, endpoint_id=f"ep_{n}") for n in range(MOST_OPEN)]
+    one_more = a_replay(Wanted.ALL, endpoint_id="ep_more")
+    with pytest.raises(Conflict, match=f"{MOST_OPEN} replays have not ended"):
+        await store.replays.create(one_more, None)
+    theirs = a_replay(Wanted.ALL, endpoint_id="ep_theirs")
+    assert await store.replays.create(
+        replace(theirs, selection=replace(theirs.selection, tenant="acme")), None
+    )
+    await store.replays.cancel(TENANT, first.id, now=SOON)
+    assert await store.replays.create(one_more, None) == one_more
 
 
 async def test_the_database_itself_refuses_a_second_replay_of_an_endpoint(store: Store):

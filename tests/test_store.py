@@ -23,7 +23,7 @@ from relay.prune import prune
 from relay.schedule import CALLED, LEAST_RATE, Ask, Asked
 from relay.store import Store, open_database, store_on
 from relay.store.audit import Entry, note
-from relay.store.events import Change, Handoff, Publication
+from relay.store.events import AT_ONCE, Change, Handoff, Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
 from relay.store.idempotency import Idempotency
 from relay.store.migrate import migrate, pending
@@ -527,6 +527,29 @@ async def test_the_audit_log_is_removed_with_its_age(store: Store):
 # Endpoints.
 
 
+async def test_many_deliveries_of_one_transaction_leave_others_their_turn(store: Store):
+    for _ in range(20):
+        await registered(store, event_types=["a.b"])
+    turns, seen = 0, list[int]()
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def takes(destination: str, size: int) -> bool:
+        seen.append(turns)
+        return False
+
+    others = asyncio.create_task(take_turns())
+    await published(store, *(an_event() for _ in range(100)), handoff=Handoff("", NOW, takes))
+    others.cancel()
+    # Between the first that is made and the last.
+    assert (len(seen), len(set(seen))) == (2000, 2000 // AT_ONCE)
+    assert len(await rows(store, "SELECT id FROM deliveries")) == 2000
+
+
 async def test_an_endpoint_comes_back_as_it_was_registered(store: Store):
     made = await registered(
         store, description="d", event_types=["generation.failed"], accounts=["luma"],
@@ -541,11 +564,9 @@ async def test_changing_an_endpoint_leaves_its_state_and_other_tenants_alone(sto
     made = await registered(store)
     await store.endpoints.disable(TENANT, made.id, reason="why", now=NOW + 1)
     changes = {"url": "https://b.test/", "description": "new"}
-    await store.endpoints.change(TENANT, made.id, changes, now=NOW + 2)
-    assert (
-        await store.endpoints.change("another tenant", made.id, {"url": "https://evil.test/"}, now=NOW)
-        is None
-    )
+    await store.endpoints.change(TENANT, made.id, lambda _: changes, now=NOW + 2)
+    theirs = {"url": "https://evil.test/"}
+    assert await store.endpoints.change("another tenant", made.id, lambda _: theirs, now=NOW) is None
     changed = await store.endpoints.get(TENANT, made.id)
     assert changed == replace(
         made, url="https://b.test/", description="new", updated_at=NOW + 2, disabled_at=NOW + 1,
@@ -560,7 +581,7 @@ async def test_every_field_that_its_owner_may_change_is_changed_and_no_other(sto
         "headers": {"x-a": "1"}, "rate_limit": 2.5, "metadata": {"n": [1, None]},
     }  # fmt: skip
     others = {"id": "ep_other", "tenant": "t", "secrets": "s", "disabled_at": 1, "created_at": 1}
-    changed = await store.endpoints.change(TENANT, made.id, changes | others, now=NOW + 1)
+    changed = await store.endpoints.change(TENANT, made.id, lambda _: changes | others, now=NOW + 1)
     assert changed == replace(made, **changes, updated_at=NOW + 1)
     assert await store.endpoints.get(TENANT, made.id) == changed
 
@@ -569,7 +590,8 @@ async def test_what_is_deleted_is_neither_changed_nor_given_a_secret(store: Stor
     made = await registered(store)
     await store.endpoints.delete(TENANT, made.id, now=NOW)
     before = await rows(store, "SELECT * FROM endpoints")
-    assert await store.endpoints.change(TENANT, made.id, {"url": "https://b.test/"}, now=NOW + 1) is None
+    changes = {"url": "https://b.test/"}
+    assert await store.endpoints.change(TENANT, made.id, lambda _: changes, now=NOW + 1) is None
     await store.endpoints.rotate(TENANT, made.id, "new", expires_at=NOW + 9, now=NOW + 1)
     await store.endpoints.enable(TENANT, made.id, now=NOW + 1)
     assert await rows(store, "SELECT * FROM endpoints") == before

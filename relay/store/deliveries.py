@@ -465,6 +465,8 @@ async def _give_up(
     if not names:
         return []
     rows = await tx.fetch("SELECT id, tenant, url FROM endpoints WHERE id IN (:ids)", ids=names)
+    for row in rows:
+        await note(tx, Entry(row["tenant"], now, "relay", "endpoint.disabled", row["id"]))
     return [event.disabled(row["tenant"], row["id"], row["url"], reason, now=now) for row in rows]
 
 

@@ -1,7 +1,7 @@
 """Endpoints at rest."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from relay.store.idempotency import Idempotency, reserve
 from relay.store.sealed import opened
 
 # Of a tenant: each is asked about every event, in the transaction that stores it.
-MOST_FILTERS = 20
+MOST, MOST_FILTERS = 1_000, 20
 _CHANGEABLE = ("url", "description", "event_types", "accounts", "filter", "headers", "rate_limit", "metadata")
 _JSON = ("event_types", "accounts", "metadata")
 
@@ -32,13 +32,14 @@ class Endpoints:
         self, endpoint: Endpoint, idempotency: Idempotency | None, *, entry: Entry | None = None
     ) -> Endpoint | None:
         """The new endpoint, or the one that the key created before; None when that one is gone. Raises
-        Conflict when it has a filter and MOST_FILTERS others have."""
+        Conflict when there are MOST, or when it has a filter and MOST_FILTERS others have."""
         async with self._db.write() as tx:
             before = await reserve(
                 tx, endpoint.tenant, idempotency, resource_id=endpoint.id, status=201, now=endpoint.created_at
             )
             if before is not None:
                 return await self._get(tx, endpoint.tenant, before[0])
+            await _check_room(tx, endpoint.tenant)
             if endpoint.filter is not None:
                 await _check_filters(tx, endpoint.tenant, endpoint.id)
             await tx.execute(
@@ -93,37 +94,40 @@ class Endpoints:
         self,
         tenant: str,
         endpoint_id: str,
-        changes: Mapping[str, Any],
+        made: Callable[[Endpoint], Mapping[str, Any]],
         *,
         now: int,
         entry: Entry | None = None,
     ) -> Endpoint | None:
-        """Writes the fields that `changes` names, and no other; the endpoint then, None without one.
+        """Writes the fields that are `made` of the endpoint as it is, and no other; the endpoint then, None
+        without one. The fields are named in the entry; there is none without any.
 
-        `ed25519` gives it a key of that kind, or takes it away. Raises Conflict for a filter when
-        MOST_FILTERS others have one.
+        `ed25519` gives it a key of that kind, or takes it away. Raises what `made` raises, and Conflict for a
+        filter when MOST_FILTERS others have one.
         """
-        values = {
-            name: json.dumps(value) if name in _JSON else value
-            for name, value in changes.items()
-            if name in _CHANGEABLE
-        }
-        if "headers" in changes:
-            values["headers"] = self._sealed_headers(tenant, endpoint_id, changes["headers"])
         async with self._db.write() as tx:
+            before = await self._locked(tx, tenant, endpoint_id, now=now)
+            if before is None:
+                return None
+            changes = made(before)
+            values = {
+                name: json.dumps(value) if name in _JSON else value
+                for name, value in changes.items()
+                if name in _CHANGEABLE
+            }
+            if "headers" in changes:
+                values["headers"] = self._sealed_headers(tenant, endpoint_id, changes["headers"])
             if values.get("filter") is not None:
                 await _check_filters(tx, tenant, endpoint_id)
-            changed = await tx.execute(
-                f"""
-                UPDATE endpoints SET {"".join(f"{name} = :{name}, " for name in values)} updated_at = :now
-                WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
-                """,
-                id=endpoint_id,
-                tenant=tenant,
-                now=now,
-                **values,
-            )
-            await note(tx, entry if changed else None)
+            if values:
+                columns = ", ".join(f"{name} = :{name}" for name in values)
+                await tx.execute(
+                    f"UPDATE endpoints SET {columns} WHERE id = :id",
+                    id=endpoint_id,
+                    **values,
+                )
+            if entry is not None and changes:
+                await note(tx, replace(entry, fields=list(changes)))
             found = await self._get(tx, tenant, endpoint_id)
             if found is not None and found.secrets and "ed25519" in changes:
                 secrets = with_ed25519(found.secrets, changes["ed25519"])
@@ -143,16 +147,7 @@ class Endpoints:
         """The endpoint with a new secret, None without one; no old secret is valid for longer than until
         `expires_at`."""
         async with self._db.write() as tx:
-            await tx.execute(
-                """
-                UPDATE endpoints SET updated_at = :now
-                WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
-                """,
-                id=endpoint_id,
-                tenant=tenant,
-                now=now,
-            )
-            found = await self._get(tx, tenant, endpoint_id)
+            found = await self._locked(tx, tenant, endpoint_id, now=now)
             if found is None:
                 return None
             await note(tx, entry)
@@ -214,6 +209,20 @@ class Endpoints:
         )
         return read_endpoint(self._keyring, rows[0]) if rows else None
 
+    async def _locked(self, tx: Transaction, tenant: str, endpoint_id: str, *, now: int) -> Endpoint | None:
+        """The endpoint, which nobody else changes until this transaction has ended: who comes second waits
+        here, and then has what the other one has made of it."""
+        await tx.execute(
+            """
+            UPDATE endpoints SET updated_at = :now
+            WHERE id = :id AND tenant = :tenant AND deleted_at IS NULL
+            """,
+            id=endpoint_id,
+            tenant=tenant,
+            now=now,
+        )
+        return await self._get(tx, tenant, endpoint_id)
+
     async def _put_secrets(self, tx: Transaction, endpoint: Endpoint, secrets: Sequence[Secret]) -> Endpoint:
         """Of an endpoint that was read after this transaction had written to it: nobody else has it now."""
         await tx.execute(
@@ -239,6 +248,14 @@ class Endpoints:
     def _sealed_secrets(self, tenant: str, endpoint_id: str, secrets: Sequence[Secret]) -> str:
         place = ("endpoints", "secrets", endpoint_id, tenant)
         return self._keyring.seal(json.dumps([asdict(one) for one in secrets]), *place)
+
+
+async def _check_room(tx: Transaction, tenant: str) -> None:
+    [row] = await tx.fetch(
+        "SELECT COUNT(*) AS count FROM endpoints WHERE tenant = :tenant AND deleted_at IS NULL", tenant=tenant
+    )
+    if row["count"] >= MOST:
+        raise Conflict(f"there are {MOST} endpoints already, more are not taken: delete one")
 
 
 async def _check_filters(tx: Transaction, tenant: str, endpoint_id: str) -> None:

@@ -22,10 +22,14 @@ from relay.store.idempotency import Idempotency, created, reserve
 
 # So many deliveries of an endpoint that are due and that nobody has taken are as much as it takes for now.
 ENOUGH_WAITING = 16
+# Of a tenant, open at once: each is looked after in every beat.
+MOST_OPEN = 20
 # Rows that are read, and bodies that are in memory, at once.
 READ, BODIES = 2_000, 50
 # So many seconds filters are asked in one go: somebody else may wait for their turn.
 ASKING = 1.0
+# Events, each with each endpoint, that are compared at once.
+PAIRS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ class Replays:
     ) -> Replay | None:
         """The new replay, or the one that the key created before; None when that one is gone.
 
-        Raises Conflict, which names it, while another one is of the same endpoint, or of all of them.
+        Raises Conflict, which names it, while another one is of the same endpoint, or of all of them; and
+        while MOST_OPEN of the tenant have not ended.
         """
         one = replay.selection
         async with self._db.write() as tx:
@@ -62,9 +67,12 @@ class Replays:
                 return await self._get(tx, one.tenant, before[0])
             # One at a time of a tenant: what one relay has just begun, the next one finds.
             await tx.execute("UPDATE tenants SET id = id WHERE id = :tenant", tenant=one.tenant)
-            for row in await tx.fetch(_OPEN_OF_TENANT, tenant=one.tenant):
+            others = await tx.fetch(_OPEN_OF_TENANT, tenant=one.tenant)
+            for row in others:
                 if one.endpoint_id is None or row["endpoint_id"] in (None, one.endpoint_id):
                     raise _conflict(row)
+            if len(others) >= MOST_OPEN:
+                raise Conflict(f"{MOST_OPEN} replays have not ended: wait for one, or cancel it")
             await tx.execute(_INSERT, **_values(replay))
             await note(tx, entry)
         return replay
@@ -148,9 +156,9 @@ class Replays:
     async def look(
         self, selection: Selection, position: str, *, limit: int, until: int, seconds: float = ASKING
     ) -> Stretch:
-        """What it is of among the next `limit` rows behind a position; of what is missing, what was made
-        before `until`, which is not later than its own. After so many `seconds` no filter is asked about
-        one more event, and the stretch ends there."""
+        """What it is of among the next `limit` rows behind a position, or fewer of them where endpoints are
+        many; of what is missing, what was made before `until`, which is not later than its own. After so
+        many `seconds` no filter is asked about one more event, and the stretch ends there."""
         async with self._db.read(browse=True) as tx:
             endpoints = await self._listening(tx, selection)
             if is_of_delivery(position):
@@ -158,6 +166,7 @@ class Replays:
                 found = _of_deliveries(selection, rows, endpoints)
                 until = selection.until
             else:
+                limit = min(limit, max(1, PAIRS // max(1, len(endpoints))))
                 rows = await _announced(tx, selection, position, limit, until)
                 found = await _lacking(tx, selection, rows, endpoints)
         if not is_of_delivery(position):
@@ -464,14 +473,14 @@ async def _tally_lacking(
         **stretch,
     )
     count = 0
+    for row in there:
+        taker = endpoints.get(row["endpoint_id"])
+        if taker is not None and _lacks(selection, row, taker):
+            count -= row["count"]
     for endpoint in endpoints.values():
-        wanted = [row["count"] for row in announced if _lacks(selection, row, endpoint)]
-        had = [
-            row["count"]
-            for row in there
-            if row["endpoint_id"] == endpoint.id and _lacks(selection, row, endpoint)
-        ]
-        count += sum(wanted) - sum(had)
+        count += sum(row["count"] for row in announced if _lacks(selection, row, endpoint))
+        # Others get on between them.
+        await asyncio.sleep(0)
     return count, last[0]["id"] if last else None
 
 

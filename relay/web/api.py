@@ -83,30 +83,30 @@ async def get_endpoint(call: Call[Any, None]) -> Result:
 
 
 async def change_endpoint(call: Call[r.EndpointChange, None]) -> Result:
-    endpoint, given = await _endpoint(call), call.body.model_dump(exclude_unset=True)
-    kept = endpoint.headers
+    id_, given = call.path["id"], call.body.model_dump(exclude_unset=True)
     if "url" in given:
         given["url"] = checked_url(call.relay, "url", given["url"])
-        # Headers may hold a secret of the old host: they do not follow to another one.
-        if origin(given["url"]) != origin(endpoint.url):
-            kept = {}
-            given.setdefault("headers", {})
-    if given.get("headers"):
-        given["headers"] = _headers(given["headers"], kept)
     if "accounts" in given:
         given["accounts"] = await _known_accounts(call, given["accounts"])
     given |= {name: [] for name in ("event_types", "accounts") if name in given and not given[name]}
     given |= {name: {} for name in ("headers", "metadata") if name in given and not given[name]}
+
+    def made(before: Endpoint) -> Mapping[str, Any]:
+        changes, kept = dict(given), before.headers
+        # Headers may hold a secret of the old host: they do not follow to another one.
+        if "url" in changes and origin(changes["url"]) != origin(before.url):
+            kept = {}
+            changes.setdefault("headers", {})
+        if "headers" in changes:
+            changes["headers"] = _headers(changes["headers"], kept)
+        return changes
+
     changed = await call.relay.store.endpoints.change(
-        call.tenant,
-        endpoint.id,
-        given,
-        now=call.relay.now(),
-        entry=call.entry("endpoint.changed", endpoint.id, fields=list(given)) if given else None,
+        call.tenant, id_, made, now=call.relay.now(), entry=call.entry("endpoint.changed", id_)
     )
     if changed is None:
-        raise NotFound(f"no endpoint {endpoint.id}")
-    call.relay.deliverer.changed(endpoint.id)
+        raise NotFound(f"no endpoint {id_}")
+    call.relay.deliverer.changed(id_)
     return Result(200, r.EndpointResource.of(changed, to_admin=call.caller.is_admin))
 
 

@@ -3,7 +3,9 @@
 from relay.key import Scope
 from relay.live import STREAMS
 from relay.replay import COUNTS
+from relay.store.endpoints import MOST as MOST_ENDPOINTS
 from relay.store.endpoints import MOST_FILTERS
+from relay.store.replays import MOST_OPEN
 from relay.store.types import MOST as MOST_TYPES
 from relay.web import admin, api
 from relay.web import resources as r
@@ -25,7 +27,10 @@ OPERATIONS = (
         r.EndpointWithSecret,
         {
             201: "Registered; the secret is shown here and by GET …/secret only",
-            409: f"{MOST_FILTERS} endpoints have a filter already, or what this key created is gone",
+            409: (
+                f"There are {MOST_ENDPOINTS} endpoints already, or {MOST_FILTERS} with a filter; or what this"
+                " key created is gone, or its secret cannot be opened"
+            ),
         },
         body=r.EndpointCreate,
         creates=True,
@@ -114,7 +119,7 @@ OPERATIONS = (
         "Show an endpoint's secret",
         api.get_secret,
         r.SecretResource,
-        _FOUND,
+        {**_FOUND, 409: "It cannot be opened: it was changed in the database"},
     ),
     Operation(
         "GET",
@@ -123,7 +128,7 @@ OPERATIONS = (
         "Show what deliveries to callback_url are signed with",
         api.get_signing_secret,
         r.SecretResource,
-        {200: "The secret"},
+        {200: "The secret", 409: "It cannot be opened: it was changed in the database"},
     ),
     Operation(
         "POST",
@@ -316,7 +321,7 @@ OPERATIONS = (
             409: "It is not finished, or its endpoint takes nothing",
             429: (
                 f"More than {api.REPLAYS_A_SECOND} replays a second, after the first"
-                f" {api.REPLAYS_AT_ONCE}, or {COUNTS} are being counted: see Retry-After"
+                f" {api.REPLAYS_AT_ONCE}: see Retry-After"
             ),
         },
     ),
@@ -329,10 +334,13 @@ OPERATIONS = (
         r.ReplayResource,
         {
             202: "It begins soon; GET …/{id} tells how far it has come. With dry_run it is only counted",
-            409: "Another replay of this endpoint has not ended: its id is in the detail; or it is disabled",
+            409: (
+                "Another replay of this endpoint has not ended: its id is in the detail; or it is disabled;"
+                f" or {MOST_OPEN} replays have not ended"
+            ),
             429: (
                 f"More than {api.REPLAYS_A_SECOND} replays a second, after the first"
-                f" {api.REPLAYS_AT_ONCE}: see Retry-After"
+                f" {api.REPLAYS_AT_ONCE}, or {COUNTS} are being counted: see Retry-After"
             ),
         },
         body=r.ReplayCreate,

@@ -181,7 +181,8 @@ class Query(_Input):
 
 class PageQuery(Query):
     limit: int = Field(default=50, ge=1, le=200)
-    cursor: str | None = Field(default=None, max_length=64)
+    # An id, or where there is none a name: that of a declared type is the longest.
+    cursor: str | None = Field(default=None, max_length=128)
 
     def filters(self) -> dict[str, Any]:
         """The filters that were given, by name."""
