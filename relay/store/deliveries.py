@@ -197,8 +197,10 @@ class Deliveries:
         """
         delivered = filters.get("status") == Status.DELIVERED
         conditions, order, values = where(
+            tenant,
             filters,
             prefix="dlv",
+            table="d.",
             columns={
                 "status": "d.status",
                 "endpoint_id": "d.endpoint_id",
@@ -206,7 +208,6 @@ class Deliveries:
                 "generation_id": "e.generation_id",
                 "event_type": "e.type",
             },
-            id_column="d.id",
             narrow=("event_id", "generation_id"),
             leading=("endpoint_id",) if delivered else ("status", "endpoint_id"),
             cursor=cursor,
@@ -217,10 +218,9 @@ class Deliveries:
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                {_SELECT} WHERE d.tenant = :tenant {conditions}
+                {_SELECT} WHERE {conditions}
                 ORDER BY {order} LIMIT :limit
                 """,
-                tenant=tenant,
                 limit=limit,
                 **values,
             )

@@ -158,7 +158,10 @@ class Events:
         """The ids behind `after`, oldest first."""
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
-                "SELECT id FROM events WHERE tenant = :tenant AND id > :after ORDER BY id LIMIT :limit",
+                """
+                SELECT id FROM events WHERE (tenant, id) > (:tenant, :after) AND tenant <= :tenant
+                ORDER BY tenant, id LIMIT :limit
+                """,
                 tenant=tenant,
                 after=after,
                 limit=limit,
@@ -190,20 +193,19 @@ class Events:
     ) -> Sequence[Event]:
         """Newest first, those after `cursor`. `filters`: type, generation_id, account, since, until."""
         conditions, order, values = where(
+            tenant,
             filters,
             prefix="evt",
             columns={"type": "type", "generation_id": "generation_id", "account": "account"},
-            id_column="id",
             narrow=("generation_id",),
             cursor=cursor,
         )
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                SELECT * FROM events WHERE tenant = :tenant {conditions}
+                SELECT * FROM events WHERE {conditions}
                 ORDER BY {order} LIMIT :limit
                 """,
-                tenant=tenant,
                 limit=limit,
                 **values,
             )

@@ -86,10 +86,10 @@ class Generations:
         `filters`: account, provider, job_id, status; since and until on the time of creation.
         """
         conditions, order, values = where(
+            tenant,
             filters,
             prefix="gen",
             columns={"account": "account", "provider": "provider", "job_id": "job_id", "status": "status"},
-            id_column="id",
             narrow=("job_id",),
             leading=("account", "status"),
             cursor=cursor,
@@ -97,10 +97,9 @@ class Generations:
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                SELECT * FROM generations WHERE tenant = :tenant {conditions}
+                SELECT * FROM generations WHERE {conditions}
                 ORDER BY {order} LIMIT :limit
                 """,
-                tenant=tenant,
                 limit=limit,
                 **values,
             )
