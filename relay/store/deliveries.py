@@ -22,6 +22,8 @@ _NOTHING_HANDED_OVER = Handoff("", 0, takes=lambda destination, size: False)
 FAILING_LONG = 5 * 86_400_000
 # A canceled delivery may still be in flight for so long.
 LONGEST_ATTEMPT = 60_000
+# Of a delivery, that are shown: one may be replayed without end.
+MOST_ATTEMPTS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +182,14 @@ class Deliveries:
         return _read(rows[0]) if rows else None
 
     async def attempts(self, delivery_id: str) -> Sequence[Attempt]:
-        """All attempts of a delivery, the first one first."""
+        """The last MOST_ATTEMPTS of a delivery, the first of them first."""
         async with self._db.read() as tx:
             rows = await tx.fetch(
-                "SELECT * FROM attempts WHERE delivery_id = :id ORDER BY number", id=delivery_id
+                "SELECT * FROM attempts WHERE delivery_id = :id ORDER BY number DESC LIMIT :limit",
+                id=delivery_id,
+                limit=MOST_ATTEMPTS,
             )
-        return [_read_attempt(row) for row in rows]
+        return [_read_attempt(row) for row in reversed(rows)]
 
     async def page(
         self, tenant: str, filters: Mapping[str, Any], *, limit: int, cursor: str | None

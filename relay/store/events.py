@@ -190,8 +190,11 @@ class Events:
 
     async def page(
         self, tenant: str, filters: Mapping[str, Any], *, limit: int, cursor: str | None
-    ) -> Sequence[Event]:
-        """Newest first, those after `cursor`. `filters`: type, generation_id, account, since, until."""
+    ) -> Mapping[str, int]:
+        """The ids, newest first, those after `cursor`, each with how many bytes its body has.
+
+        `filters`: type, generation_id, account, since, until.
+        """
         conditions, order, values = where(
             tenant,
             filters,
@@ -203,13 +206,13 @@ class Events:
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                SELECT * FROM events WHERE {conditions}
+                SELECT id, LENGTH(body) AS size FROM events WHERE {conditions}
                 ORDER BY {order} LIMIT :limit
                 """,
                 limit=limit,
                 **values,
             )
-        return [_read(row) for row in rows]
+        return {row["id"]: row["size"] for row in rows}
 
 
 def listed(types: Iterable[str]) -> str:
