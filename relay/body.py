@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
@@ -63,6 +64,20 @@ def compact(value: Any) -> bytes:
     except PydanticSerializationError:
         plain = value.model_dump(by_alias=True) if isinstance(value, BaseModel) else value
         return json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def portions(ids: Sequence[str], sizes: Mapping[str, int], most: int) -> Iterator[Sequence[str]]:
+    """The ids in their order, so many at once that their bodies have `most` bytes together; one that has more
+    by itself."""
+    portion, size = list[str](), 0
+    for id_ in ids:
+        if portion and size + sizes[id_] > most:
+            yield portion
+            portion, size = [], 0
+        portion.append(id_)
+        size += sizes[id_]
+    if portion:
+        yield portion
 
 
 def storable(text: str) -> str:

@@ -148,9 +148,8 @@ def _accounts(remote: Remote, now: int) -> Iterator[Finding]:
 
 
 def _late(remote: Remote, account: str, now: int) -> Iterator[Finding]:
-    ended = {"account": account, "status": "completed", "limit": 100}
-    page = remote.call("GET", "/v1/generations", query=ended)["data"]
-    took = sorted(one["duration_ms"] for one in page if one["duration_ms"] is not None)
+    ended = islice(_all(remote, "/v1/generations", account=account, status="completed", limit=100), 100)
+    took = sorted(one["duration_ms"] for one in ended if one["duration_ms"] is not None)
     usual = took[int(len(took) * _NEARLY_ALL)] if len(took) >= _ENOUGH else None
     until = rfc3339(now - _TIMES * (usual or 0) - _PATIENCE)
     late = [
@@ -243,7 +242,7 @@ def _all(remote: Remote, path: str, **filters: Any) -> Iterator[Any]:
     def pages() -> Iterator[Sequence[Any]]:
         cursor = None
         while True:
-            page = remote.call("GET", path, query={**filters, "limit": 200, "cursor": cursor})
+            page = remote.call("GET", path, query={"limit": 200, **filters, "cursor": cursor})
             yield page["data"]
             cursor = page["next_cursor"]
             if cursor is None:

@@ -173,6 +173,12 @@ def envelope(type_: str, timestamp: str, data: Mapping[str, Any]) -> bytes:
     return compact({"type": type_, "timestamp": timestamp, "data": data})
 
 
+def told(event: Event) -> tuple[str, bytes]:
+    """When its body says that it happened, and the JSON of its data: what `envelope` wrote, unparsed."""
+    head, _, data = event.body.partition(b',"data":')
+    return json.loads(head + b"}")["timestamp"], data[:-1]
+
+
 def describe(generation: Generation) -> dict[str, Any]:
     """A generation in the words of the contract: the `data` of its events, the heart of its API resource."""
     update = generation.update

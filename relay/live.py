@@ -9,10 +9,11 @@ back with the last id that it has is told again what was made up to LATE before:
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from relay.body import portions
 from relay.endpoint import Endpoint
 from relay.errors import Limited, StoreError
 from relay.event import Event, is_test_of
@@ -256,7 +257,7 @@ class _Channel:
             some = ids[place : place + _PAGE]
             sizes = await self._store.events.sizes(some)
             endpoints = await self._endpoints([reader])
-            for portion in _portions([id_ for id_ in some if id_ in sizes], sizes):
+            for portion in portions([id_ for id_ in some if id_ in sizes], sizes, _PORTION):
                 if reader.ended:
                     return
                 events = await self._read(portion)
@@ -350,18 +351,6 @@ class _Channel:
             if reader.wish.endpoint_id is not None and found[reader.wish.endpoint_id] is None:
                 reader.end()
         return found
-
-
-def _portions(ids: Sequence[str], sizes: Mapping[str, int]) -> Iterator[Sequence[str]]:
-    portion, size = list[str](), 0
-    for id_ in ids:
-        if portion and size + sizes[id_] > _PORTION:
-            yield portion
-            portion, size = [], 0
-        portion.append(id_)
-        size += sizes[id_]
-    if portion:
-        yield portion
 
 
 async def _wanted(

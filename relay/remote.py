@@ -116,6 +116,15 @@ class Remote:
         except Refused as error:
             raise error.shown() from error
 
+    def list(self, path: str, query: Mapping[str, Any]) -> Any:
+        """A page of a list with all of its `limit`: where things are large a relay's own pages end early."""
+        page = self.call("GET", path, query=query)
+        while page.get("next_cursor") and len(page["data"]) < query["limit"]:
+            left = {"limit": query["limit"] - len(page["data"]), "cursor": page["next_cursor"]}
+            rest = self.call("GET", path, query={**query, **left})
+            page = {**rest, "data": page["data"] + rest["data"]}
+        return page
+
     def ask(self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None) -> Any:
         """The same. Raises Refused, for who has something better to do than to end."""
         answer = self.send(method, path, query=query, body=body)
@@ -208,7 +217,7 @@ def list_generations(
         "until": until,
         "limit": limit,
     }
-    page = Remote(url, api_key).call("GET", "/v1/generations", query=query)
+    page = Remote(url, api_key).list("/v1/generations", query)
     _table(page, ("id", "account", "job_id", "status", "watched_at", "duration_ms"), as_json)
 
 
@@ -272,7 +281,7 @@ def add_endpoint(
 @endpoints.command("list")
 def list_endpoints(limit: Limit = 50, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """List endpoints, the newest first."""
-    page = Remote(url, api_key).call("GET", "/v1/endpoints", query={"limit": limit})
+    page = Remote(url, api_key).list("/v1/endpoints", {"limit": limit})
     _table(page, ("id", "url", "status", "event_types", "accounts", "created_at"), as_json)
 
 
@@ -349,7 +358,7 @@ def list_deliveries(
         "until": until,
         "limit": limit,
     }
-    page = Remote(url, api_key).call("GET", "/v1/deliveries", query=query)
+    page = Remote(url, api_key).list("/v1/deliveries", query)
     _table(page, ("id", "event_type", "url", "status", "attempt_count", "updated_at"), as_json)
 
 
@@ -433,7 +442,7 @@ def list_replays(
 ) -> None:
     """List replays, the newest first."""
     query = {"status": status, "endpoint_id": endpoint_id, "limit": limit}
-    page = Remote(url, api_key).call("GET", "/v1/replays", query=query)
+    page = Remote(url, api_key).list("/v1/replays", query)
     _table(page, ("id", "deliveries", "endpoint_id", "status", "done", "total", "created_at"), as_json)
 
 
@@ -491,7 +500,7 @@ def add_account(
 @accounts.command("list")
 def list_accounts(limit: Limit = 50, url: Url = HERE, api_key: Key = "", as_json: AsJson = False) -> None:
     """List the accounts that you have, and how they are."""
-    page = Remote(url, api_key).call("GET", "/v1/accounts", query={"limit": limit})
+    page = Remote(url, api_key).list("/v1/accounts", {"limit": limit})
     _table(page, ("name", "provider", "status", "configured", "base_url", "last_error"), as_json)
 
 

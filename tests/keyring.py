@@ -2,4 +2,5 @@
 
 from relay.keyring import KeyRing
 
-KEYRING = KeyRing(["the tests' own secret key, which is long enough"])
+SECRET_KEY = "the tests' own secret key, which is long enough"
+KEYRING = KeyRing([SECRET_KEY])

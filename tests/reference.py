@@ -20,7 +20,8 @@ The same as `/openapi.json` of a running relay (OpenAPI 3.1, with every limit an
 is named.
 
 - **Lists** are `{"data": […], "next_cursor": …}`, the newest first: give `next_cursor` as `cursor` for what
-  comes after.
+  comes after. A page of large events or generations ends at about 4 MiB, before its `limit`: there is more
+  unless `next_cursor` is null.
 - **Times** are RFC 3339, in UTC with milliseconds.
 - **Refusals** are problem+json (RFC 9457): `type`, `title`, `status`, `detail`, and for bad input
   `errors: [{"field", "message"}]`. Besides what is said at each operation: 400 malformed, 401 no or bad key,

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay import event
@@ -35,6 +35,15 @@ def body(generation: Generation) -> dict:
 
 def told(**fields) -> Generation:
     return replace(DONE, update=replace(DONE.update, **fields))
+
+
+@given(st.dictionaries(st.text(), st.recursive(st.integers() | st.text(), st.lists, max_leaves=5)))
+@example({"data": {"data": {}}, ',"data":{}': '{"data":{}}'})
+def test_what_a_body_tells_is_found_without_parsing_it(data):
+    made = event.published("t", "a.b", data, None, now=NOW)
+    at, written = event.told(made)
+    assert (at, json.loads(written)) == (rfc3339(NOW), json.loads(made.body)["data"])
+    assert made.body.endswith(b',"data":' + written + b"}")
 
 
 def test_the_body_is_the_contract_s_example():

@@ -45,12 +45,17 @@ COUNT = 100_000
 BIG = {"generations", "events", "deliveries", "attempts", "idempotency_keys", "keys", "audit"}
 HALF, OLD, ENDPOINTS = COUNT // 2, COUNT // 10, 20
 NUMBER = "SUBSTR(CAST(10000000000 + i AS TEXT), 2)"
+# A tenant that has few of all these rows: some of the oldest, and some of every age.
+SMALL, OWN = "small", 40
+IS_ITS = f"i BETWEEN 101 AND 120 OR i % {2 * COUNT // OWN} = 1213"
+TENANT_OF = f"CASE WHEN {IS_ITS} THEN '{SMALL}' ELSE :tenant END"
 OPEN = f"i > {HALF}"
 WAITS = f"{OPEN} AND i % 40 < 20"
 FAILED = f"i <= {HALF} AND i % 20 = 1"
 # The older half is done; what failed, one account and one endpoint are old.
 FILLED: Mapping[str, Mapping[str, str]] = {
     "generations": {
+        "tenant": TENANT_OF,
         "account": f"CASE WHEN i <= {OLD} THEN 'old' ELSE 'account-' || (i % 10) END",
         "provider": "'provider-' || (i % 5)",
         "job_id": "'job-' || i",
@@ -60,6 +65,7 @@ FILLED: Mapping[str, Mapping[str, str]] = {
         "deadline_at": "i",
     },
     "events": {
+        "tenant": TENANT_OF,
         "type": "CASE WHEN i % 20 = 1 THEN 'generation.failed' ELSE 'generation.completed' END",
         "account": "'account-' || (i % 10)",
         # Of the oldest generations nothing is left to tell.
@@ -67,6 +73,7 @@ FILLED: Mapping[str, Mapping[str, str]] = {
         "source_id": "'order-' || i",
     },
     "deliveries": {
+        "tenant": TENANT_OF,
         "event_id": f"'evt_' || {NUMBER}",
         "endpoint_id": f"CASE WHEN i <= {OLD} THEN 'old' ELSE 'ep_' || (i % {ENDPOINTS}) END",
         "destination": f"CASE WHEN i <= {OLD} THEN 'old' ELSE 'ep_' || (i % {ENDPOINTS}) END",
@@ -201,7 +208,8 @@ class OnSQLite(Explaining):
         """How rows of big tables are found, but for those that are looked up by their id."""
         steps = [re.sub(r" USING .*INDEX \w+", "", step) for step in self.steps]
         big = {*BIG, "e", "d", "a", "newer", "other"}
-        return {step for step in steps if set(step.split()[:2]) & big and not step.endswith("(id=?)")}
+        by_id = ("(id=?)", "(tenant=? AND id=?)")
+        return {step for step in steps if set(step.split()[:2]) & big and not step.endswith(by_id)}
 
     def complaints(self, expected: Expected) -> Sequence[str]:
         sorts = [] if expected.sorts else [step for step in self.steps if step.endswith("FOR ORDER BY")]
@@ -457,7 +465,11 @@ QUERIES: Mapping[str, tuple[Callable[[Store], Awaitable[object]], Expected]] = {
     ),
     "what is new to a stream": (
         lambda store: store.events.ids(TENANT, after=row("evt", COUNT // 2), limit=100),
-        Expected({"SEARCH events (id>?)"}, rows=2 * 101),
+        Expected({"SEARCH events ((tenant,id)>(?,?) AND tenant<?)"}, rows=2 * 101),
+    ),
+    "what is new to a stream of a small tenant": (
+        lambda store: store.events.ids(SMALL, after=row("evt", 0), limit=100),
+        Expected({"SEARCH events ((tenant,id)>(?,?) AND tenant<?)"}, rows=OWN),
     ),
     "whose filters to ask": (
         lambda store: store.endpoints.filtering([TENANT]),
@@ -643,6 +655,32 @@ async def test_any_other_list_stops_at_its_limit_rather_than_sorting_everything(
         await getattr(store_on(once, KEYRING), noun).page(TENANT, given, limit=50, cursor=cursor)
         # At least every twentieth row is one that is looked for.
         assert once.complaints(Expected(None, rows=20 * 2 * 51)) == [], given
+
+
+@pytest.mark.parametrize(
+    ("noun", "filters"),
+    [
+        *((noun, {}) for noun in ("generations", "events", "deliveries")),
+        *(("generations", {"account": name}) for name in ("old", "account-1", "none")),
+        *(("generations", {"provider": name}) for name in ("provider-1", "none")),
+        *(("generations", {"status": name}) for name in ("queued", "completed", "canceled")),
+        ("generations", {"account": "account-1", "status": "failed"}),
+        *(("events", {"type": name}) for name in ("generation.completed", "none")),
+        *(("events", {"account": name}) for name in ("account-1", "none")),
+        *(("deliveries", {"status": name}) for name in ("pending", "delivered", "failed", "canceled")),
+        *(("deliveries", {"endpoint_id": name}) for name in ("old", "ep_1", "none")),
+        ("deliveries", {"event_type": "none"}),
+    ],
+)
+async def test_the_lists_of_a_small_tenant_read_no_rows_of_its_neighbours(
+    explaining: Explaining, noun: str, filters: dict[str, Any]
+):
+    for given, cursor in pages(noun, filters):
+        once = explaining.anew()
+        await getattr(store_on(once, KEYRING), noun).page(SMALL, given, limit=50, cursor=cursor)
+        # Each delivery with its event.
+        assert once.complaints(Expected(None, rows=2 * OWN)) == [], given
+        assert all("tenant" in search for search in getattr(once, "searches", ())), given
 
 
 # Writes.

@@ -34,7 +34,7 @@ from tests.conftest import RunningRelay, World
 from tests.program import THOROUGH
 from tests.test_openapi import operations
 from tests.test_providers import FOLDER, NOW, read
-from tests.test_store import NOTHING_HANDED_OVER, TENANT, a_generation, prepared
+from tests.test_store import NOTHING_HANDED_OVER, a_generation, listed, prepared
 
 EXAMPLES = 100_000 if THOROUGH else 300
 OVER_THE_WIRE = 25_000 if THOROUGH else 150  # to a relay or a database, several inputs each
@@ -378,7 +378,7 @@ async def stored(store: Store, updates: list[Update]) -> None:
     kept = {one.id: one for one in await store.generations.get_many([one.id for one in made])}
     for one in ended:
         assert kept[one.id].update == one.update
-        found = await store.events.page(TENANT, {"generation_id": one.id}, limit=2, cursor=None)
+        found = await listed(store.events, {"generation_id": one.id})
         assert [each.body for each in found] == [event.ending(one, now=NOW).body]
 
 

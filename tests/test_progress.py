@@ -26,7 +26,15 @@ from relay.store.events import Change
 from tests.conftest import RunningRelay, World
 from tests.serving import Received, until
 from tests.test_polling import only, provider_answering
-from tests.test_store import NOTHING_HANDED_OVER, asked, claimed_deliveries, prepared, registered, taking
+from tests.test_store import (
+    NOTHING_HANDED_OVER,
+    asked,
+    claimed_deliveries,
+    listed,
+    prepared,
+    registered,
+    taking,
+)
 from tests.test_store import watched as stored_generation
 
 NOW, SECOND, INTERVAL = 1_800_000_000_000, 1_000, 10_000
@@ -307,8 +315,7 @@ DONE = Update(Status.COMPLETED, "completed", outputs=(Output("https://a.test/1.p
 
 
 async def by_type(store: Store, generation: Generation) -> dict[str, event.Event]:
-    page = await store.events.page(TENANT, {"generation_id": generation.id}, limit=100, cursor=None)
-    return {one.type: one for one in page}
+    return {one.type: one for one in await listed(store.events, {"generation_id": generation.id})}
 
 
 async def status_of(store: Store, one: Claimed) -> str:
@@ -387,7 +394,7 @@ async def test_what_another_tenant_asks_for_is_not_stored(store: Store):
     theirs = await stored_generation(store, "job-2", tenant="another")
     ingest = ingest_of(store, Time())
     await asyncio.gather(*(ingest.record(report(one, running(0.1))) for one in (ours, theirs)))  # one write
-    page = await store.events.page("another", {}, limit=10, cursor=None)
+    page = await listed(store.events, tenant="another")
     assert {(one.type, one.generation_id) for one in page} == {(PROCESSING, theirs.id), (PROGRESS, theirs.id)}
     assert await by_type(store, ours) == {}
 
@@ -559,4 +566,4 @@ async def test_nothing_is_announced_when_there_is_nothing(store: Store):
     taken: list[Claimed] = []
     await ingest_of(store, Time(), taken, room=9).announce([])
     assert taken == []
-    assert await store.events.page(TENANT, {}, limit=10, cursor=None) == []
+    assert await listed(store.events) == []

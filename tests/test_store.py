@@ -23,6 +23,7 @@ from relay.prune import prune
 from relay.schedule import CALLED, LEAST_RATE, Ask, Asked
 from relay.store import Store, open_database, store_on
 from relay.store.audit import Entry, note
+from relay.store.endpoints import Endpoints
 from relay.store.events import AT_ONCE, Change, Handoff, Publication
 from relay.store.generations import CONSIDERED, Hint, Watch
 from relay.store.idempotency import Idempotency
@@ -172,6 +173,18 @@ async def claimed_deliveries(
     wanted = {name: limit for name, is_due in found if is_due}
     until = now + 45 * SECOND if lease_until is None else lease_until
     return await store.deliveries.claim(wanted, now=now, lease=lease, lease_until=until)
+
+
+async def listed(
+    noun: Any, filters: Mapping[str, Any] | None = None, *, tenant: str = TENANT, **options: Any
+) -> list[Any]:
+    """A page of a list: of what may be large the store tells ids and sizes first."""
+    given = [] if isinstance(noun, Endpoints) else [filters or {}]
+    found = await noun.page(tenant, *given, **{"limit": 100, "cursor": None, **options})
+    if not isinstance(found, Mapping):
+        return list(found)
+    known = {one.id: one for one in await noun.get_many(list(found), browse=True)}
+    return [known[id_] for id_ in found]
 
 
 async def the(store: Store, generation: Generation) -> Generation:
@@ -357,8 +370,7 @@ async def test_somebody_who_browses_and_the_others_do_not_wait_for_each_other(st
 async def test_who_browses_sees_what_was_committed_before(store: Store):
     for _ in range(2):
         made = await watched(store, None)
-        [newest] = await store.generations.page(TENANT, {}, limit=1, cursor=None)
-        assert newest == made
+        assert await listed(store.generations, limit=1) == [made]
 
 
 async def test_what_raises_inside_a_transaction_undoes_all_of_it(store: Store):
@@ -1070,7 +1082,7 @@ async def test_an_ending_is_announced_once_however_many_saw_it(store: Store):
     )
     assert sum(len(fresh) for fresh, _ in results) == 1
     assert sum(len(claimed) for _, claimed in results) == 1
-    [stored] = await store.events.page(TENANT, {}, limit=10, cursor=None)
+    [stored] = await listed(store.events)
     after = await store.generations.get(TENANT, made.id)
     assert after is not None
     assert stored.announces == after.status
@@ -1084,7 +1096,7 @@ async def test_a_generation_that_timed_out_is_announced_again_when_it_ends_late(
     await announced(store, timed_out, now=NOW + 1)
     [ended] = await store.generations.get_many([made.id])
     assert (ended.status, ended.late, ended.due_at) == (Is.COMPLETED, True, None)
-    stored = await store.events.page(TENANT, {}, limit=10, cursor=None)
+    stored = await listed(store.events)
     assert [one.announces for one in stored] == ["completed", "timed_out"]
 
 
@@ -1179,7 +1191,7 @@ async def test_what_relay_itself_has_to_say_goes_to_those_of_the_tenant_that_wan
     made = event.disabled(TENANT, "ep_ill", "https://ill.test/", "why", now=NOW)
     [claimed] = await store.events.announce([made], taking(9), now=NOW)
     assert (claimed.endpoint_id, claimed.event_id, claimed.body) == (wants.id, made.id, made.body)
-    assert await store.events.page(TENANT, {}, limit=9, cursor=None) == [made]
+    assert await listed(store.events) == [made]
     assert await store.events.announce([], taking(9), now=NOW) == []
 
 
@@ -1583,18 +1595,14 @@ async def test_lists_are_newest_first_and_go_on_behind_the_cursor(store: Store):
     for n in range(3):
         await announced(store, await watched(store, f"job-{n}", at=NOW + n), now=NOW + n)
 
-    def page(noun: Any, **options: Any) -> Any:
-        filters = [] if noun is store.endpoints else [{}]
-        return noun.page(TENANT, *filters, **options)
-
     for noun, count in (
         (store.endpoints, 2), (store.generations, 3), (store.events, 3), (store.deliveries, 6),
     ):  # fmt: skip
-        whole = [one.id for one in await page(noun, limit=100, cursor=None)]
+        whole = [one.id for one in await listed(noun)]
         assert whole == sorted(whole, reverse=True)
         assert len(whole) == count
-        first = [one.id for one in await page(noun, limit=1, cursor=None)]
-        rest = [one.id for one in await page(noun, limit=100, cursor=first[-1])]
+        first = [one.id for one in await listed(noun, limit=1)]
+        rest = [one.id for one in await listed(noun, cursor=first[-1])]
         assert first + rest == whole
 
 
@@ -1632,10 +1640,10 @@ async def test_since_is_inclusive_until_is_not_and_both_go_with_the_cursor(store
         await announced(store, await watched(store, f"job-{n}", at=NOW + n), now=NOW + n)
 
     async def times(filters: Mapping[str, Any], cursor: str | None = None) -> list[int]:
-        found = await getattr(store, noun).page(TENANT, filters, limit=10, cursor=cursor)
+        found = await listed(getattr(store, noun), filters, cursor=cursor)
         return [one.created_at - NOW for one in found]
 
-    newest, *_ = await getattr(store, noun).page(TENANT, {"until": NOW + 4}, limit=1, cursor=None)
+    [newest] = await listed(getattr(store, noun), {"until": NOW + 4}, limit=1)
     assert await times({"since": NOW + 2}) == [4, 3, 2]
     assert await times({"until": NOW + 2}) == [1, 0]
     assert await times({"since": NOW + 1, "until": NOW + 4}) == [3, 2, 1]
@@ -1656,11 +1664,10 @@ async def test_a_narrow_list_is_newest_first_too_and_goes_on_behind_the_cursor(
     first, _ = await announced(store, made, LATE)
     await announced(store, await the(store, made), now=NOW + 1)
     filters = {narrow: made.id if narrow == "generation_id" else first.id}
-    page = getattr(store, noun).page
-    whole = [one.id for one in await page(TENANT, filters, limit=10, cursor=None)]
+    whole = [one.id for one in await listed(getattr(store, noun), filters)]
     assert len(whole) == {"events": 2, "deliveries": 6 if narrow == "generation_id" else 3}[noun]
     assert whole == sorted(whole, reverse=True)
-    rest = await page(TENANT, filters, limit=10, cursor=whole[0])
+    rest = await listed(getattr(store, noun), filters, cursor=whole[0])
     assert [one.id for one in rest] == whole[1:]
 
 

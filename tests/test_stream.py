@@ -13,6 +13,7 @@ import pytest
 from httpx_sse import EventSource, ServerSentEvent
 
 from relay import live
+from relay.body import portions
 from relay.endpoint import Endpoint
 from relay.event import Event, envelope
 from relay.ids import new_id
@@ -482,7 +483,7 @@ async def test_who_catches_up_at_its_own_pace_is_not_dropped_for_what_comes_mean
 
 def test_who_catches_up_holds_a_portion_of_the_bodies_at_once() -> None:
     sizes = {"a": live._PORTION, "b": 1, "c": live._PORTION - 1, "d": 1, "e": 2 * live._PORTION}
-    assert list(live._portions(list(sizes), sizes)) == [["a"], ["b", "c"], ["d"], ["e"]]
+    assert list(portions(list(sizes), sizes, live._PORTION)) == [["a"], ["b", "c"], ["d"], ["e"]]
 
 
 async def test_streams_of_endpoints_may_join_while_news_are_looked_at(

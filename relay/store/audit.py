@@ -13,7 +13,7 @@ from relay.store.database import Database, Row, Transaction
 from relay.store.filters import where
 
 _FILTERS = ("object", "actor", "action")
-_COLUMNS = {name: name for name in ("tenant", *_FILTERS)}
+_COLUMNS = {name: name for name in _FILTERS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +76,12 @@ class Audit:
         self, tenant: str, filters: Mapping[str, Any], *, limit: int, cursor: str | None
     ) -> Sequence[Noted]:
         """Newest first, those after the id `cursor`; filters: actor, action, object, since, until."""
-        # Each index begins with the tenant: however much its neighbours do, its list is a range of one.
-        leading = _FILTERS if any(name in filters for name in _FILTERS) else ("tenant",)
         conditions, order, values = where(
-            {**filters, "tenant": tenant}, prefix="aud", columns=_COLUMNS, leading=leading, cursor=cursor
+            tenant, filters, prefix="aud", columns=_COLUMNS, leading=_FILTERS, cursor=cursor
         )
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
-                f"SELECT * FROM audit WHERE TRUE {conditions} ORDER BY {order} LIMIT :limit",
+                f"SELECT * FROM audit WHERE {conditions} ORDER BY {order} LIMIT :limit",
                 limit=limit,
                 **values,
             )

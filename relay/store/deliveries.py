@@ -22,6 +22,8 @@ _NOTHING_HANDED_OVER = Handoff("", 0, takes=lambda destination, size: False)
 FAILING_LONG = 5 * 86_400_000
 # A canceled delivery may still be in flight for so long.
 LONGEST_ATTEMPT = 60_000
+# Of a delivery, that are shown: one may be replayed without end.
+MOST_ATTEMPTS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +182,14 @@ class Deliveries:
         return _read(rows[0]) if rows else None
 
     async def attempts(self, delivery_id: str) -> Sequence[Attempt]:
-        """All attempts of a delivery, the first one first."""
+        """The last MOST_ATTEMPTS of a delivery, the first of them first."""
         async with self._db.read() as tx:
             rows = await tx.fetch(
-                "SELECT * FROM attempts WHERE delivery_id = :id ORDER BY number", id=delivery_id
+                "SELECT * FROM attempts WHERE delivery_id = :id ORDER BY number DESC LIMIT :limit",
+                id=delivery_id,
+                limit=MOST_ATTEMPTS,
             )
-        return [_read_attempt(row) for row in rows]
+        return [_read_attempt(row) for row in reversed(rows)]
 
     async def page(
         self, tenant: str, filters: Mapping[str, Any], *, limit: int, cursor: str | None
@@ -197,8 +201,10 @@ class Deliveries:
         """
         delivered = filters.get("status") == Status.DELIVERED
         conditions, order, values = where(
+            tenant,
             filters,
             prefix="dlv",
+            table="d.",
             columns={
                 "status": "d.status",
                 "endpoint_id": "d.endpoint_id",
@@ -206,7 +212,6 @@ class Deliveries:
                 "generation_id": "e.generation_id",
                 "event_type": "e.type",
             },
-            id_column="d.id",
             narrow=("event_id", "generation_id"),
             leading=("endpoint_id",) if delivered else ("status", "endpoint_id"),
             cursor=cursor,
@@ -217,10 +222,9 @@ class Deliveries:
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                {_SELECT} WHERE d.tenant = :tenant {conditions}
+                {_SELECT} WHERE {conditions}
                 ORDER BY {order} LIMIT :limit
                 """,
-                tenant=tenant,
                 limit=limit,
                 **values,
             )

@@ -77,14 +77,13 @@ class Endpoints:
 
     async def page(self, tenant: str, *, limit: int, cursor: str | None) -> Sequence[Endpoint]:
         """Newest first, those after the id `cursor`."""
-        conditions, order, values = where({}, prefix="ep", columns={}, cursor=cursor)
+        conditions, order, values = where(tenant, {}, prefix="ep", cursor=cursor)
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                SELECT * FROM endpoints WHERE tenant = :tenant AND deleted_at IS NULL {conditions}
+                SELECT * FROM endpoints WHERE deleted_at IS NULL AND {conditions}
                 ORDER BY {order} LIMIT :limit
                 """,
-                tenant=tenant,
                 limit=limit,
                 **values,
             )

@@ -158,7 +158,10 @@ class Events:
         """The ids behind `after`, oldest first."""
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
-                "SELECT id FROM events WHERE tenant = :tenant AND id > :after ORDER BY id LIMIT :limit",
+                """
+                SELECT id FROM events WHERE (tenant, id) > (:tenant, :after) AND tenant <= :tenant
+                ORDER BY tenant, id LIMIT :limit
+                """,
                 tenant=tenant,
                 after=after,
                 limit=limit,
@@ -187,27 +190,29 @@ class Events:
 
     async def page(
         self, tenant: str, filters: Mapping[str, Any], *, limit: int, cursor: str | None
-    ) -> Sequence[Event]:
-        """Newest first, those after `cursor`. `filters`: type, generation_id, account, since, until."""
+    ) -> Mapping[str, int]:
+        """The ids, newest first, those after `cursor`, each with how many bytes its body has.
+
+        `filters`: type, generation_id, account, since, until.
+        """
         conditions, order, values = where(
+            tenant,
             filters,
             prefix="evt",
             columns={"type": "type", "generation_id": "generation_id", "account": "account"},
-            id_column="id",
             narrow=("generation_id",),
             cursor=cursor,
         )
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                SELECT * FROM events WHERE tenant = :tenant {conditions}
+                SELECT id, LENGTH(body) AS size FROM events WHERE {conditions}
                 ORDER BY {order} LIMIT :limit
                 """,
-                tenant=tenant,
                 limit=limit,
                 **values,
             )
-        return [_read(row) for row in rows]
+        return {row["id"]: row["size"] for row in rows}
 
 
 def listed(types: Iterable[str]) -> str:

@@ -71,25 +71,25 @@ class Generations:
         async with self._db.read() as tx:
             return await _get(tx, tenant, generation_id)
 
-    async def get_many(self, ids: Sequence[str]) -> Sequence[Generation]:
+    async def get_many(self, ids: Sequence[str], *, browse: bool = False) -> Sequence[Generation]:
         """Those of the ids that exist, whoever's they are."""
-        async with self._db.read() as tx:
+        async with self._db.read(browse=browse) as tx:
             return [
                 _read(row) for row in await tx.fetch("SELECT * FROM generations WHERE id IN (:ids)", ids=ids)
             ]
 
     async def page(
         self, tenant: str, filters: Mapping[str, Any], *, limit: int, cursor: str | None
-    ) -> Sequence[Generation]:
-        """Newest first, those after the id `cursor`.
+    ) -> Mapping[str, int]:
+        """The ids, newest first, those after `cursor`, each with how many bytes of JSON it has.
 
         `filters`: account, provider, job_id, status; since and until on the time of creation.
         """
         conditions, order, values = where(
+            tenant,
             filters,
             prefix="gen",
             columns={"account": "account", "provider": "provider", "job_id": "job_id", "status": "status"},
-            id_column="id",
             narrow=("job_id",),
             leading=("account", "status"),
             cursor=cursor,
@@ -97,14 +97,14 @@ class Generations:
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
                 f"""
-                SELECT * FROM generations WHERE tenant = :tenant {conditions}
+                SELECT id, LENGTH(metadata) + LENGTH(COALESCE(answer, '')) AS size
+                FROM generations WHERE {conditions}
                 ORDER BY {order} LIMIT :limit
                 """,
-                tenant=tenant,
                 limit=limit,
                 **values,
             )
-        return [_read(row) for row in rows]
+        return {row["id"]: row["size"] for row in rows}
 
     async def describe(self, tenant: str, generation_id: str, metadata: Mapping[str, Any]) -> None:
         """Replaces the metadata."""

@@ -64,12 +64,10 @@ class Keys:
 
     async def page(self, tenant: str, *, limit: int, cursor: str | None) -> Sequence[Key]:
         """Newest first, those after the id `cursor`."""
-        conditions, order, values = where(
-            {"tenant": tenant}, prefix="key", columns={"tenant": "tenant"}, leading=("tenant",), cursor=cursor
-        )
+        conditions, order, values = where(tenant, {}, prefix="key", cursor=cursor)
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
-                f"SELECT * FROM keys WHERE TRUE {conditions} ORDER BY {order} LIMIT :limit",
+                f"SELECT * FROM keys WHERE {conditions} ORDER BY {order} LIMIT :limit",
                 limit=limit,
                 **values,
             )

@@ -96,15 +96,15 @@ class Replays:
     ) -> Sequence[Replay]:
         """Newest first, those after the id `cursor`. `filters`: status, endpoint_id, since, until."""
         conditions, order, values = where(
-            {**filters, "tenant": tenant},
+            tenant,
+            filters,
             prefix="rpl",
-            columns={"tenant": "tenant", "status": "status", "endpoint_id": "endpoint_id"},
-            leading=("tenant",),
+            columns={"status": "status", "endpoint_id": "endpoint_id"},
             cursor=cursor,
         )
         async with self._db.read(browse=True) as tx:
             rows = await tx.fetch(
-                f"SELECT * FROM replays WHERE TRUE {conditions} ORDER BY {order} LIMIT :limit",
+                f"SELECT * FROM replays WHERE {conditions} ORDER BY {order} LIMIT :limit",
                 limit=limit,
                 **values,
             )

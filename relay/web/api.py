@@ -1,10 +1,9 @@
 """What the operations of the API do; `relay.web.operations` is the table of them."""
 
 import asyncio
-import json
 import math
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from functools import partial
 from typing import Any
 
 from relay import account as accounts
@@ -27,7 +26,7 @@ from relay.store.types import DeclaredType
 from relay.times import rfc3339
 from relay.web import resources as r
 from relay.web.context import Relay
-from relay.web.operation import LONGEST_NAME, Call, Result, checked_url, paged
+from relay.web.operation import LONGEST_NAME, Call, Result, checked_url, page_of, paged, paged_by_size
 from relay.web.stream import Stream
 
 # For each endpoint, and for each tenant: of one relay.
@@ -237,11 +236,15 @@ async def list_generations(call: Call[None, r.GenerationQuery]) -> Result:
     if "account" in filters:
         wanted = [{**filters, "account": name} for name in accounts.meant(call.tenant, filters["account"])]
     generations = call.relay.store.generations
-    pages = [
-        await generations.page(call.tenant, each, limit=limit, cursor=call.query.cursor) for each in wanted
-    ]
-    found = sorted((one for page in pages for one in page), key=attrgetter("id"), reverse=True)[:limit]
-    return paged(found, call.query, lambda one: _generation(call.relay, one))
+    found = dict[str, int]()
+    for each in wanted:
+        found |= await generations.page(call.tenant, each, limit=limit, cursor=call.query.cursor)
+    return await paged_by_size(
+        dict(sorted(found.items(), reverse=True)[:limit]),
+        call.query,
+        partial(generations.get_many, browse=True),
+        lambda one: compact(_generation(call.relay, one)),
+    )
 
 
 async def get_generation(call: Call[Any, None]) -> Result:
@@ -293,13 +296,8 @@ async def publish_event(call: Call[r.EventPublish | list[r.EventPublish], None])
     kept = await _stored_before(call, items)
     if kept is None:
         kept = await relay.ingest.publish(Publication(call.tenant, made, call.idempotency))
-    stored = [
-        r.PublishedEvent(**_event_fields(one, given.data if one is new else None), created=one is new)
-        for one, new, given in zip(kept, made, items, strict=True)
-    ]
-    if isinstance(call.body, list):
-        return Result(201, r.Page[r.PublishedEvent](data=stored, next_cursor=None))
-    return Result(201, stored[0])
+    stored = [_event(one, r.PublishedEvent, created=one is new) for one, new in zip(kept, made, strict=True)]
+    return Result(201, page_of(stored, None) if isinstance(call.body, list) else stored[0])
 
 
 async def put_event_type(call: Call[r.EventTypePut, None]) -> Result:
@@ -342,10 +340,11 @@ async def delete_event_type(call: Call[None, None]) -> Result:
 
 
 async def list_events(call: Call[None, r.EventQuery]) -> Result:
-    found = await call.relay.store.events.page(
+    events = call.relay.store.events
+    found = await events.page(
         call.tenant, call.query.filters(), limit=call.query.limit + 1, cursor=call.query.cursor
     )
-    return paged(found, call.query, lambda one: _event(one))
+    return await paged_by_size(found, call.query, partial(events.get_many, browse=True), _event)
 
 
 async def stream_events(call: Call[None, r.StreamQuery]) -> Result:
@@ -565,26 +564,22 @@ async def _check_data(call: Call[Any, Any], items: Sequence[r.EventPublish]) -> 
         raise Invalid(*errors)
 
 
-def _event(one: Event) -> r.EventResource:
-    return r.EventResource(**_event_fields(one))
-
-
-def _event_fields(one: Event, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`data` spares reading it from the body, when it is at hand."""
-    timestamp = rfc3339(one.created_at)
-    if data is None:
-        body = json.loads(one.body)
-        data, timestamp = body["data"], body["timestamp"]
-    return {
-        "id": one.id,
-        "type": one.type,
-        "timestamp": timestamp,
-        "data": data,
-        "generation_id": one.generation_id,
-        "account": one.account,
-        "source_id": one.source_id,
-        "created_at": rfc3339(one.created_at),
-    }
+def _event(one: Event, shown_as: type[r.EventResource] = r.EventResource, **more: Any) -> bytes:
+    """With its data as it is stored: parsed that would take twenty times its bytes."""
+    timestamp, data = event.told(one)
+    shown = shown_as(
+        id=one.id,
+        type=one.type,
+        timestamp=timestamp,
+        data={},
+        generation_id=one.generation_id,
+        account=one.account,
+        source_id=one.source_id,
+        created_at=rfc3339(one.created_at),
+        **more,
+    )
+    before, _, after = compact(shown).partition(b'"data":{}')
+    return b'%b"data":%b%b' % (before, data, after)
 
 
 def _delivery(one: Delivery) -> r.DeliveryResource:

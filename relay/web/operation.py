@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from relay.body import compact, parse
+from relay.body import compact, parse, portions
 from relay.endpoint import canonical_url
 from relay.errors import FieldError, Invalid, Malformed, NotFound, TooLarge, Unsupported
 from relay.key import Scope as KeyScope
@@ -23,6 +23,8 @@ from relay.web.auth import Caller
 from relay.web.context import Relay, State
 
 LARGEST_BODY = 1024 * 1024
+# Bytes of a page of what may be large, and of what is read of it at once; of either, or one row.
+LARGEST_PAGE, _PORTION = 4 * 1024 * 1024, 512 * 1024
 BODY_DEADLINE = 10.0
 MOST_ERRORS, LONGEST_NAME = 100, 100
 B = TypeVar("B")
@@ -64,10 +66,11 @@ class Call(Generic[B, Q]):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What to answer; `resource` None is an empty answer, unless there is a `stream`."""
+    """What to answer; `resource` may be written already, and None is an empty answer, unless there is a
+    `stream`."""
 
     status: int
-    resource: BaseModel | None = None
+    resource: BaseModel | bytes | None = None
     stream: Response | None = None
 
 
@@ -128,7 +131,8 @@ class Operation:
             return result.stream
         if result.resource is None:
             return Response(status_code=result.status)
-        return Response(compact(result.resource), result.status, media_type="application/json")
+        content = result.resource if isinstance(result.resource, bytes) else compact(result.resource)
+        return Response(content, result.status, media_type="application/json")
 
     def _read(self, raw: bytes) -> BaseModel | list[BaseModel] | None:
         if self.body is None:
@@ -160,6 +164,28 @@ def paged(found: Sequence[T], query: r.PageQuery, render: Callable[[T], R]) -> R
     page = [render(one) for one in found[: query.limit]]
     last = getattr(page[-1], "id", None) if page else None
     return Result(200, r.Page[Any](data=page, next_cursor=last if more else None))
+
+
+async def paged_by_size(
+    sizes: Mapping[str, int],
+    query: r.PageQuery,
+    load: Callable[[Sequence[str]], Awaitable[Sequence[T]]],
+    write: Callable[[T], bytes],
+) -> Result:
+    """A page of what was found, which ends early where it would be larger than LARGEST_PAGE; `sizes` has one
+    more than was asked for when there is more."""
+    ids = next(portions(list(sizes)[: query.limit], sizes, LARGEST_PAGE), [])
+    written = []
+    for portion in portions(ids, sizes, _PORTION):
+        # One that was removed meanwhile is not there any more.
+        known = {getattr(one, "id", None): write(one) for one in await load(portion)}
+        written += [known[id_] for id_ in portion if id_ in known]
+    return Result(200, page_of(written, ids[-1] if len(ids) < len(sizes) else None))
+
+
+def page_of(written: Sequence[bytes], next_cursor: str | None) -> bytes:
+    """A page of what is written already."""
+    return b'{"data":[%b],"next_cursor":%b}' % (b",".join(written), compact(next_cursor))
 
 
 def checked_url(relay: Relay, field: str, url: str) -> str:

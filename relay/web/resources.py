@@ -24,6 +24,7 @@ from relay.providers import PROVIDERS
 from relay.redact import BLOT
 from relay.signature import secret_key
 from relay.store.audit import Noted
+from relay.store.deliveries import MOST_ATTEMPTS
 from relay.store.types import DeclaredType
 from relay.tenant import NAME as NAME_OF_TENANT
 from relay.times import parse_rfc3339, rfc3339
@@ -196,7 +197,8 @@ class Resource(BaseModel):
 
 
 class Page(Resource, Generic[T]):
-    """Newest first; give `next_cursor` as `cursor` for what comes after."""
+    """Newest first; give `next_cursor` as `cursor` for what comes after. Where things are large a page may
+    have fewer of them than `limit`: there is more unless `next_cursor` is null."""
 
     data: Sequence[T]
     next_cursor: str | None
@@ -582,7 +584,9 @@ class DeliveryResource(Resource):
 
 
 class DeliveryWithAttempts(DeliveryResource):
-    attempts: Sequence[AttemptResource]
+    attempts: Sequence[AttemptResource] = Field(
+        description=f"The last {MOST_ATTEMPTS}, the first of them first; `attempt_count` counts all."
+    )
 
 
 class ReplayCreate(Request):

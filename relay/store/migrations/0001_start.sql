@@ -1,6 +1,7 @@
 -- Times are unix milliseconds, ids are time-ordered text, JSON is text, a flag is a nullable time.
 -- Provider credentials, signing secrets and custom headers are sealed: `relay/store/sealed.py` lists them.
--- Rows carry their tenant; it comes last in unique constraints, so that no list is read by it alone.
+-- Rows carry their tenant. It leads the index of every list: however much its neighbours have, a tenant's list is
+-- a range of one. In unique constraints it comes last, so that no list is read by those.
 
 -- Where the rows of this database came from: a copy that has not ended has not brought all of them.
 CREATE TABLE copies (
@@ -117,8 +118,9 @@ CREATE TABLE generations (
 CREATE INDEX generations_due ON generations (account, due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX generations_overdue ON generations (account, deadline_at) WHERE known_at IS NULL;
 CREATE INDEX generations_ended ON generations (account, known_at) WHERE known_at IS NOT NULL;
-CREATE INDEX generations_by_status ON generations (status, id);
-CREATE INDEX generations_of_an_account ON generations (account, id);
+CREATE INDEX generations_of_a_tenant ON generations (tenant, id);
+CREATE INDEX generations_by_status ON generations (tenant, status, id);
+CREATE INDEX generations_of_an_account ON generations (tenant, account, id);
 
 CREATE TABLE relays (
     id TEXT PRIMARY KEY,
@@ -171,6 +173,7 @@ CREATE TABLE events (
     CONSTRAINT each_status_is_announced_once UNIQUE (generation_id, announces),
     CONSTRAINT a_publisher_names_an_event_once UNIQUE (source_id, tenant)
 );
+CREATE INDEX events_of_a_tenant ON events (tenant, id);
 
 -- What its publishers have said of a type; one that is not here may be published all the same.
 CREATE TABLE event_types (
@@ -208,8 +211,9 @@ CREATE TABLE deliveries (
     CONSTRAINT an_event_goes_to_an_endpoint_once UNIQUE (event_id, endpoint_id)
 );
 CREATE INDEX deliveries_due ON deliveries (destination, due_at) WHERE due_at IS NOT NULL;
-CREATE INDEX deliveries_of_an_endpoint ON deliveries (endpoint_id, id);
-CREATE INDEX deliveries_not_delivered ON deliveries (status, id) WHERE status <> 'delivered';
+CREATE INDEX deliveries_of_a_tenant ON deliveries (tenant, id);
+CREATE INDEX deliveries_of_an_endpoint ON deliveries (tenant, endpoint_id, id);
+CREATE INDEX deliveries_not_delivered ON deliveries (tenant, status, id) WHERE status <> 'delivered';
 -- What arrives is never in it.
 CREATE INDEX deliveries_failed ON deliveries (id) WHERE status IN ('failed', 'canceled');
 
