@@ -88,7 +88,7 @@ def build(
     """The relay as an ASGI application; its lifespan is the relay's life.
 
     `show_key` is told the admin key when one had to be made; nobody can learn it afterwards. `redactor` is
-    the one that logs go through, if they do: it learns of credentials that come later.
+    the one that logs go through, if they do: refusals go through it too.
     """
 
     @asynccontextmanager
@@ -244,7 +244,7 @@ def _assemble(
     def check_base_url(url: str) -> None:
         check_url("base_url", url, settings, allow_http=settings.network.allow_http)
 
-    roster = Roster(accounts(settings), store, check=check_base_url, learn_secrets=redactor.add, now=now)
+    roster = Roster(accounts(settings), store, check=check_base_url, now=now)
 
     async def look(account: str, job_id: str) -> Update:
         return await poller.look(account, job_id)
