@@ -380,6 +380,8 @@ def _listener(relay: Relay) -> Callable[[str], None]:
                 relay.poller.wake()
             case "endpoint":
                 relay.deliverer.forget(which)
+            case "callbacks":
+                relay.deliverer.forget_callbacks(which)
             case "types":
                 relay.catalog.forget(which)
             case "events":

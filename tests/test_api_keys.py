@@ -239,6 +239,7 @@ SCOPES = {
     "replay": ["POST /v1/deliveries/{id}/replay", "POST /v1/replays", "DELETE /v1/replays/{id}"],
     "admin": [
         *("GET /v1/endpoints/{id}/secret", "POST /v1/endpoints/{id}/secret/rotate", "GET /v1/signing-secret"),
+        "POST /v1/signing-secret/rotate",
         *("POST /v1/keys", "GET /v1/keys", "GET /v1/keys/{id}", "DELETE /v1/keys/{id}", "GET /v1/audit"),
         *("POST /v1/accounts", "PATCH /v1/accounts/{name}", "DELETE /v1/accounts/{name}"),
     ],

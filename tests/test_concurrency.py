@@ -488,6 +488,18 @@ async def test_rotations_and_changes_at_once_all_happen(url: str, relays: Sequen
     assert (after.description, after.rate_limit) == ("d", 2.5)
 
 
+async def test_rotations_of_a_tenants_secret_at_once_all_happen(url: str, relays: Sequence[Store]):
+    works = [
+        relay.tenants.rotate(TENANT, f"whsec_{n}", expires_at=NOW + DAY, now=NOW)
+        for n, relay in enumerate(relays[:3])
+    ]
+    lock = "SELECT 1 FROM tenants WHERE id = $1 FOR UPDATE"
+    await all_at_once(url, lock, *works, values=[TENANT])
+    after = {one.symmetric for one in await relays[0].tenants.signing_secrets(TENANT)}
+    assert after >= {"whsec_0", "whsec_1", "whsec_2"}
+    assert len(after) == 4
+
+
 async def test_what_is_deleted_stays_disabled_however_it_is_enabled_at_that_moment(
     url: str, relays: Sequence[Store]
 ):
@@ -894,5 +906,5 @@ async def test_relays_that_start_at_once_found_one_tenant(relays: Sequence[Store
     await asyncio.gather(
         *(relay.tenants.found("new", f"whsec_{n}", now=NOW) for n, relay in enumerate(relays))
     )
-    secrets = {await relay.tenants.signing_secret("new") for relay in relays}
+    secrets = {await relay.tenants.signing_secrets("new") for relay in relays}
     assert len(secrets) == 1

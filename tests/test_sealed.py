@@ -55,7 +55,7 @@ async def test_no_secret_and_no_header_stands_in_the_database_in_clear(database_
         written = repr([dict(endpoint), dict(tenant)])
         for secret in (PLAIN, "whsk_private", "hidden", "x-token"):
             assert secret not in written
-        assert await store.tenants.signing_secret("acme") == PLAIN
+        assert await store.tenants.signing_secrets("acme") == (Secret(PLAIN),)
         found = await store.endpoints.get(TENANT, made.id)
         assert found is not None and found.headers == {"x-token": "hidden"}
         assert list(found.secrets) == [Secret(PLAIN, "whsk_private")]
@@ -99,6 +99,24 @@ async def test_an_endpoint_whose_secret_was_tampered_with_fails_says_so_and_work
     assert accepts(SECRET, await send_test(world, relay, endpoint["id"]))
 
 
+async def test_a_signing_secret_that_was_tampered_with_is_not_shown_and_works_once_rotated(
+    database_url: str, world: World
+) -> None:
+    relay = await world.relay(database=database_url)
+    async with opened(database_url, relay.settings.secret_key, alone=False) as store:
+        await execute(store, "UPDATE tenants SET signing_secrets = 'whsec_evil'")
+    refused = await relay.api.get("/v1/signing-secret")
+    assert (refused.status_code, "rotate it" in refused.json()["detail"]) == (409, True)
+    rotated = await relay.api.post("/v1/signing-secret/rotate")
+    assert rotated.json() == (await relay.api.get("/v1/signing-secret")).json()
+    async with opened(database_url, relay.settings.secret_key, alone=False) as store:
+        [tenant] = await rows(store, "SELECT signing_secrets FROM tenants")
+        assert rotated.json()["secret"] not in tenant["signing_secrets"]
+        assert await store.tenants.signing_secrets("default") == (
+            Secret(rotated.json()["secret"], is_rotated=True),
+        )
+
+
 async def test_a_relay_with_another_secret_key_does_not_start(world: World) -> None:
     async with world.running(secret_key=OLD):
         pass
@@ -114,6 +132,7 @@ async def test_rekeying_seals_everything_anew_goes_on_where_it_was_and_leaves_br
 ) -> None:
     async with opened(database_url, OLD) as store:
         await store.tenants.found(TENANT, PLAIN, now=NOW)
+        await store.tenants.rotate(TENANT, "whsec_2", expires_at=NOW + 9, now=NOW)
         made = [await registered(store, secrets=[Secret(f"whsec_{n}")]) for n in range(PAGE + 5)]
         tampered = "UPDATE endpoints SET secrets = secrets || 'x' WHERE id = :id"
         await execute(store, tampered, id=made[3].id)
@@ -130,7 +149,10 @@ async def test_rekeying_seals_everything_anew_goes_on_where_it_was_and_leaves_br
             await store.sealed.check()
         await execute(store, "DELETE FROM endpoints WHERE id = :id", id=made[3].id)
         await store.sealed.check()
-        assert await store.tenants.signing_secret(TENANT) == PLAIN
+        assert await store.tenants.signing_secrets(TENANT) == (
+            Secret("whsec_2", is_rotated=True),
+            Secret(PLAIN, expires_at=NOW + 9),
+        )
         found = await store.endpoints.get(TENANT, made[PAGE + 4].id)
         assert found is not None and found.secrets == (Secret(f"whsec_{PAGE + 4}"),)
 

@@ -343,7 +343,7 @@ async def test_a_database_that_is_newer_than_the_program_is_refused(store: Store
 async def test_readers_neither_wait_for_a_writer_nor_see_what_it_has_not_committed(store: Store):
     async with store.database.write() as tx:
         await tx.execute("DELETE FROM tenants")
-        assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
+        assert await store.tenants.signing_secrets(TENANT) == (Secret("whsec_of_the_tenant"),)
 
 
 @pytest.mark.parametrize("browse", [True, False])
@@ -366,7 +366,7 @@ async def test_what_raises_inside_a_transaction_undoes_all_of_it(store: Store):
         async with store.database.write() as tx:
             await tx.execute("DELETE FROM tenants")
             raise RuntimeError("no")
-    assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
+    assert await store.tenants.signing_secrets(TENANT) == (Secret("whsec_of_the_tenant"),)
 
 
 async def test_a_writer_that_is_canceled_in_the_middle_leaves_nothing(store: Store):
@@ -383,7 +383,7 @@ async def test_a_writer_that_is_canceled_in_the_middle_leaves_nothing(store: Sto
     writer.cancel()
     await asyncio.gather(writer, return_exceptions=True)
     await store.database.probe()
-    assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
+    assert await store.tenants.signing_secrets(TENANT) == (Secret("whsec_of_the_tenant"),)
 
 
 async def test_what_was_written_is_there_when_the_database_is_opened_again(database_url: str):
@@ -403,8 +403,8 @@ async def test_probe_fails_on_a_closed_database(database_url: str):
 
 async def test_how_many_rows_were_changed_is_said(store: Store):
     async with store.database.write() as tx:
-        assert await tx.execute("UPDATE tenants SET signing_secret = 's' WHERE id = 'nobody'") == 0
-        assert await tx.execute("UPDATE tenants SET signing_secret = 's' WHERE id = :id", id=TENANT) == 1
+        assert await tx.execute("UPDATE tenants SET signing_secrets = 's' WHERE id = 'nobody'") == 0
+        assert await tx.execute("UPDATE tenants SET signing_secrets = 's' WHERE id = :id", id=TENANT) == 1
         assert await tx.execute("DELETE FROM tenants") == 1
 
 
@@ -431,7 +431,7 @@ async def test_what_is_wrong_with_one_row_is_no_general_failure(store: Store, ch
 
 async def test_a_tenant_keeps_its_first_secret(store: Store):
     await store.tenants.found(TENANT, "another", now=NOW)
-    assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
+    assert await store.tenants.signing_secrets(TENANT) == (Secret("whsec_of_the_tenant"),)
 
 
 # Keys.

@@ -127,6 +127,17 @@ OPERATIONS = (
     ),
     Operation(
         "POST",
+        "/v1/signing-secret/rotate",
+        ADMIN,
+        "Sign deliveries to callback_url with a new secret; the old one signs too for a while",
+        api.rotate_signing_secret,
+        r.SecretResource,
+        {200: "Rotated"},
+        body=r.SecretRotate,
+        example={"overlap_seconds": 86400},
+    ),
+    Operation(
+        "POST",
         "/v1/generations",
         WRITE,
         "Watch a generation",

@@ -13,7 +13,7 @@ CREATE TABLE copies (
 
 CREATE TABLE tenants (
     id TEXT PRIMARY KEY,
-    signing_secret TEXT NOT NULL,
+    signing_secrets TEXT NOT NULL,
     created_at BIGINT NOT NULL
 );
 
