@@ -158,7 +158,8 @@ async def running(
     async with AsyncExitStack() as stack:
         database = await open_database(settings.database, patience=PATIENCE)
         stack.push_async_callback(database.close)
-        store = store_on(database, KeyRing(settings.secret_keys))
+        keyring = KeyRing(settings.secret_keys)
+        store = store_on(database, keyring)
         await _prepare(store, settings, now=now, show_key=show_key)
         guard = Guard(settings.network.allow)
         asker = Asker.open(
@@ -172,7 +173,17 @@ async def running(
         if settings.tracing.endpoint is not None:
             tracing = _open_tracing(settings.tracing, settings.tracing.endpoint, relay=name)
             stack.push_async_callback(tracing.close)
-        relay = _assemble(settings, store, asker, sender, redactor=known, name=name, tracing=tracing, now=now)
+        relay = _assemble(
+            settings,
+            store,
+            asker,
+            sender,
+            keyring=keyring,
+            redactor=known,
+            name=name,
+            tracing=tracing,
+            now=now,
+        )
         await relay.accounts.look_at_all()
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
@@ -233,6 +244,7 @@ def _assemble(
     asker: Asker,
     sender: Sender,
     *,
+    keyring: KeyRing,
     redactor: Redactor,
     name: str,
     tracing: Tracing | None,
@@ -331,6 +343,7 @@ def _assemble(
     return Relay(
         settings=settings,
         store=store,
+        keyring=keyring,
         accounts=roster,
         callbacks=Callbacks(settings.origin, settings.secret_keys),
         ingest=ingest,

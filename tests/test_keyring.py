@@ -71,3 +71,9 @@ def test_the_id_of_a_key_does_not_hold_the_key():
 def test_what_was_not_sealed_does_not_open(text):
     with pytest.raises(SealBroken):
         RING.open(text, *PLACE)
+
+
+def test_a_fingerprint_is_made_with_a_key_and_with_every_one_that_is_known():
+    [old], [new] = KeyRing([OLD]).fingerprints(b"x"), KeyRing([NEW]).fingerprints(b"x")
+    assert KeyRing([NEW, OLD]).fingerprints(b"x") == [new, old]
+    assert len({old, new, *RING.fingerprints(b"y")}) == 3

@@ -1,6 +1,8 @@
 """Secrets in the database: sealed, bound to their rows, and sealed anew while relays run."""
 
 import asyncio
+import hashlib
+import json
 import signal
 from base64 import b64decode
 from collections.abc import AsyncIterator
@@ -125,6 +127,24 @@ async def test_a_relay_with_another_secret_key_does_not_start(world: World) -> N
             pass
     async with world.running(secret_key=NEW, previous_secret_keys=[OLD]) as relay:
         assert (await relay.api.get("/v1/signing-secret")).status_code == 200
+
+
+async def test_what_an_idempotency_key_was_used_for_cannot_be_guessed_and_is_known_after_a_new_secret_key(
+    database_url: str, world: World
+) -> None:
+    path, key = "/v1/endpoints", {"idempotency-key": "k"}
+    body = json.dumps({"url": "https://a.example/", "headers": {"x-pin": "1234"}})
+    async with world.running(database=database_url, secret_key=OLD) as relay:
+        made = await relay.api.post(path, content=body, headers=key)
+        async with opened(database_url, OLD, alone=False) as store:
+            [kept] = await rows(store, "SELECT request_hash FROM idempotency_keys")
+    assert kept["request_hash"] == KeyRing([OLD]).fingerprints(f"POST {path}\n{body}".encode())[0]
+    assert kept["request_hash"] != hashlib.sha256(f"POST {path}\n{body}".encode()).hexdigest()
+    async with world.running(database=database_url, secret_key=NEW, previous_secret_keys=[OLD]) as relay:
+        again = await relay.api.post(path, content=body, headers=key)
+        assert (again.status_code, again.json()["id"]) == (201, made.json()["id"])
+        other = await relay.api.post(path, content=body.replace("1234", "1235"), headers=key)
+        assert (other.status_code, other.json()["errors"][0]["field"]) == (422, "Idempotency-Key")
 
 
 async def test_rekeying_seals_everything_anew_goes_on_where_it_was_and_leaves_broken_rows(
