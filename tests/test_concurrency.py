@@ -29,6 +29,7 @@ from relay.store.audit import Entry
 from relay.store.events import Publication
 from relay.store.generations import Hint, Watch
 from relay.store.idempotency import Idempotency
+from relay.store.keys import MOST as MOST_KEYS
 from tests.conftest import Clock
 from tests.keyring import KEYRING
 from tests.postgres import Cluster
@@ -49,6 +50,7 @@ from tests.test_store import (
     asked,
     change_of,
     claimed_deliveries,
+    fill_with_keys,
     published,
     registered,
     rows,
@@ -868,6 +870,19 @@ async def test_of_relays_that_are_asked_for_the_same_key_at_once_one_makes_it(
     [key] = await relays[0].keys.all(None)
     assert made == [key] * 4
     assert await rows(relays[0], "SELECT object FROM audit") == [{"object": key.id}]
+
+
+async def test_of_relays_that_make_the_last_key_that_a_tenant_may_have_at_once_one_does(
+    relays: Sequence[Store], url: str
+):
+    await fill_with_keys(relays[0], TENANT, MOST_KEYS - 1, now=NOW)
+    made = await all_at_once(
+        url,
+        "SELECT 1 FROM tenants WHERE id = $1 FOR UPDATE",
+        *(relay.keys.create(a_key()) for relay in relays),
+        values=[TENANT],
+    )
+    assert sorted(type(one).__name__ for one in made) == ["Conflict"] * 3 + ["Key"]
 
 
 async def test_relays_that_write_down_the_uses_of_the_same_keys_at_once_keep_the_latest(

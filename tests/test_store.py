@@ -442,6 +442,21 @@ def a_key(*, at: int = NOW, **changes: Any) -> Key:
     return replace(made, **changes)
 
 
+async def fill_with_keys(store: Store, tenant: str, count: int, *, now: int) -> None:
+    """All but one until they are revoked, that one for a minute; of a tenant that is there."""
+    async with store.database.write() as tx:
+        await tx.execute_many(
+            """
+            INSERT INTO keys (id, tenant, scopes, hash, created_at, expires_at)
+            VALUES (:id, :tenant, 'read', 'hash', :now, :ends)
+            """,
+            [
+                {"id": new_id("key", now), "tenant": tenant, "now": now, "ends": None if n else now + 60_000}
+                for n in range(count)
+            ],
+        )
+
+
 async def test_a_key_comes_back_as_it_was_made(store: Store):
     whole = {"name": "n", "expires_at": NOW + 1, "revoked_at": NOW, "last_used_at": NOW, "rate_limit": 0.5}
     for made in (a_key(), a_key(**whole), a_key(scopes=tuple(Scope))):

@@ -4,6 +4,7 @@ from relay.key import Scope
 from relay.live import STREAMS
 from relay.replay import COUNTS
 from relay.store.endpoints import MOST_FILTERS
+from relay.store.keys import MOST as MOST_KEYS
 from relay.store.types import MOST as MOST_TYPES
 from relay.web import admin, api
 from relay.web import resources as r
@@ -427,7 +428,10 @@ OPERATIONS = (
         "Make an API key",
         admin.create_key,
         r.KeyWithText,
-        {201: "Made; the key is shown only now"},
+        {
+            201: "Made; the key is shown only now",
+            409: f"There are {MOST_KEYS} keys already, or what this Idempotency-Key created is gone",
+        },
         body=r.KeyCreate,
         creates=True,
         example={"name": "orders", "scopes": ["read", "write"], "expires_at": "2099-01-01T00:00:00Z"},
