@@ -277,6 +277,7 @@ async def soak(directory: Path, *, minutes: float, rate: float, every: float) ->
                 "api_key": simulator.keys[name],
                 "base_url": url,
                 "requests_per_minute": 600,
+                "requests_per_day": 1_000_000,
             }
             for name, url in Simulator.base_urls(simulated).items()
         }

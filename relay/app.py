@@ -88,7 +88,7 @@ def build(
     """The relay as an ASGI application; its lifespan is the relay's life.
 
     `show_key` is told the admin key when one had to be made; nobody can learn it afterwards. `redactor` is
-    the one that logs go through, if they do: it learns of credentials that come later.
+    the one that logs go through, if they do: refusals go through it too.
     """
 
     @asynccontextmanager
@@ -158,7 +158,8 @@ async def running(
     async with AsyncExitStack() as stack:
         database = await open_database(settings.database, patience=PATIENCE)
         stack.push_async_callback(database.close)
-        store = store_on(database, KeyRing(settings.secret_keys))
+        keyring = KeyRing(settings.secret_keys)
+        store = store_on(database, keyring)
         await _prepare(store, settings, now=now, show_key=show_key)
         guard = Guard(settings.network.allow)
         asker = Asker.open(
@@ -172,7 +173,17 @@ async def running(
         if settings.tracing.endpoint is not None:
             tracing = _open_tracing(settings.tracing, settings.tracing.endpoint, relay=name)
             stack.push_async_callback(tracing.close)
-        relay = _assemble(settings, store, asker, sender, redactor=known, name=name, tracing=tracing, now=now)
+        relay = _assemble(
+            settings,
+            store,
+            asker,
+            sender,
+            keyring=keyring,
+            redactor=known,
+            name=name,
+            tracing=tracing,
+            now=now,
+        )
         await relay.accounts.look_at_all()
         await relay.poller.resume()
         await stack.enter_async_context(database.listening(_listener(relay)))
@@ -233,6 +244,7 @@ def _assemble(
     asker: Asker,
     sender: Sender,
     *,
+    keyring: KeyRing,
     redactor: Redactor,
     name: str,
     tracing: Tracing | None,
@@ -244,7 +256,7 @@ def _assemble(
     def check_base_url(url: str) -> None:
         check_url("base_url", url, settings, allow_http=settings.network.allow_http)
 
-    roster = Roster(accounts(settings), store, check=check_base_url, learn_secrets=redactor.add, now=now)
+    roster = Roster(accounts(settings), store, check=check_base_url, now=now)
 
     async def look(tenant: str, account: str, job_id: str) -> Update:
         return await poller.look(tenant, account, job_id)
@@ -331,6 +343,7 @@ def _assemble(
     return Relay(
         settings=settings,
         store=store,
+        keyring=keyring,
         accounts=roster,
         callbacks=Callbacks(settings.origin, settings.secret_keys),
         ingest=ingest,
@@ -380,6 +393,8 @@ def _listener(relay: Relay) -> Callable[[str], None]:
                 relay.poller.wake()
             case "endpoint":
                 relay.deliverer.forget(which)
+            case "callbacks":
+                relay.deliverer.forget_callbacks(which)
             case "types":
                 relay.catalog.forget(which)
             case "events":

@@ -5,8 +5,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from email.utils import parsedate_to_datetime
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import httpx
 from aiohttp import ClientError, ClientSession, ClientTimeout, DummyCookieJar
@@ -49,7 +50,8 @@ class Asker:
     ) -> None:
         self._transport, self._capability, self._now, self._check = transport, capability, now, check
         self._skews: deque[int] = deque(maxlen=15)
-        self._known = lru_cache(maxsize=1000)(lambda secrets: Redactor(*secrets))
+        # Tenants change their credentials as often as they like: what is gone is forgotten.
+        self._known = WeakKeyDictionary[Account, Redactor]()
 
     @classmethod
     def open(cls, guard: Guard, *, capability: str, proxy: str | None = None, now: Callable[[], int]) -> Self:
@@ -147,7 +149,9 @@ class Asker:
         return Reply(response.status_code, body, dict(response.headers))
 
     def _clean(self, value: Any, account: Account) -> Any:
-        known = self._known((account.api_key, *account.webhook_secrets))
+        known = self._known.get(account)
+        if known is None:
+            known = self._known[account] = Redactor(account.api_key, *account.webhook_secrets)
         return redact(value, known, capability=self._capability)
 
     def _compare_clocks(self, date: str | None) -> None:

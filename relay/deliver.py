@@ -18,7 +18,7 @@ from uuid import uuid4
 from relay import event, signature
 from relay.batch import Batch, insist
 from relay.breaker import Breaker, State
-from relay.delivery import Answer, Claimed, Code, Settlement, settle
+from relay.delivery import Answer, Claimed, Code, Settlement, destination, settle
 from relay.errors import StoreError
 from relay.lane import PATIENCE, Lane
 from relay.metrics import Metrics
@@ -201,6 +201,17 @@ class Deliverer:
         if lane.waiting:
             lane.backlog = True
             self._spawn(self._store.deliveries.release(self._empty(lane), now=self._now()))
+
+    def rotated(self, tenant: str) -> None:
+        """The tenant has another signing secret: whoever sends to its callback URLs forgets what it holds."""
+        self._ring("callbacks", tenant)
+        self.forget_callbacks(tenant)
+
+    def forget_callbacks(self, tenant: str) -> None:
+        """As `forget`, for all of a tenant's callback URLs."""
+        theirs = destination(tenant, None, None)
+        for name in [name for name in self._lanes if name.startswith(theirs)]:
+            self.forget(name)
 
     async def take(self, shards: Collection[int]) -> None:
         """Makes due at once what a relay had in hand for the destinations of these shards that is gone; one

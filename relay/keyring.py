@@ -1,6 +1,7 @@
 """Secrets at rest: sealed with AES-256-GCM, each bound to its place, so that none can be moved to another."""
 
 import binascii
+import hmac
 import secrets as randomness
 from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from relay.errors import SealBroken
 
 _VERSION = "v1"
 _NONCE = 12
-_REMEMBERED = 20_000
+# What is longer is opened anew each time: tenants choose how long a credential is, and how often it changes.
+_REMEMBERED, _LONGEST_REMEMBERED = 20_000, 4096
 
 
 class KeyRing:
@@ -26,6 +28,7 @@ class KeyRing:
         self._keys = {
             _key_id(secret): AESGCM(_derive(secret, b"relay.at-rest", 32)) for secret in secret_keys
         }
+        self._marks = [_derive(secret, b"relay.fingerprint", 32) for secret in secret_keys]
         self.newest = _key_id(secret_keys[0])
         # The hot path reads the same rows over and over.
         self._opened = lru_cache(_REMEMBERED)(self._open)
@@ -41,7 +44,12 @@ class KeyRing:
 
     def open(self, sealed: str, *place: str) -> str:
         """What was sealed for this place. Raises SealBroken."""
-        return self._opened(sealed, place)
+        return (self._opened if len(sealed) <= _LONGEST_REMEMBERED else self._open)(sealed, place)
+
+    def fingerprints(self, what: bytes) -> Sequence[str]:
+        """What may be kept of something that may hold secrets, to know it again: one made with each key, the
+        newest first. Who has no key learns nothing from it, not even by guessing."""
+        return [hmac.digest(key, what, "sha256").hex() for key in self._marks]
 
     def _open(self, sealed: str, place: tuple[str, ...]) -> str:
         key_id = sealed_with(sealed)

@@ -23,7 +23,7 @@ from relay.config import load_config
 from relay.console import PLAIN, complain, err, out
 from relay.copy import Progress, database_name
 from relay.copy import copy as copy_database
-from relay.errors import ConfigError, CopyFailed
+from relay.errors import ConfigError, Conflict, CopyFailed
 from relay.key import Key, Scope, hash_of, id_of, new_key
 from relay.keyring import KeyRing
 from relay.limit import LOWEST_RATE
@@ -168,7 +168,11 @@ def create_key(
         await store.tenants.found(tenant, signature.new_secret(), now=now)
         await store.keys.create(key, entry=Entry(tenant, now, "cli", "key.created", key_id))
 
-    _with_store(config, create)
+    try:
+        _with_store(config, create)
+    except Conflict as error:
+        complain(str(error))
+        raise typer.Exit(1) from error
     if as_json:
         out.print_json(KeyWithText.of(key, text).model_dump_json())
         return

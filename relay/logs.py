@@ -5,7 +5,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
@@ -20,40 +20,44 @@ _TALKATIVE = ("httpx", "httpcore", "aiohttp", "apscheduler", "aiosqlite", "async
 
 
 class WideFormatter(logging.Formatter):
-    """The event's name, then its fields as `key=value`, or all of it as one JSON object; the whole line has
-    gone through `clean`, tracebacks too. A long field is cut."""
+    """The event's name, then its fields as `key=value`, or all of it as one JSON object, without what `clean`
+    takes away, in tracebacks too; a line of JSON stays one, whatever that is. A long field is cut."""
 
     def __init__(self, *, as_json: bool, clean: Callable[[str], str]) -> None:
         super().__init__()
         self._as_json, self._clean = as_json, clean
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._clean(self._line(record))
+        line = self._line(record, str)
+        # Hardly any holds a secret, and to clean one text is faster than many.
+        return line if self._clean(line) == line else self._line(record, self._clean)
 
-    def _line(self, record: logging.LogRecord) -> str:
+    def _line(self, record: logging.LogRecord, clean: Callable[[str], str]) -> str:
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        fields: dict[str, object] = {
-            name: self._cut(value)
+        said = clean(record.getMessage())
+        fields = {
+            name: self._told(value, clean)
             for name, value in vars(record).items()
             if name not in _STANDARD and value is not None
         }
-        trace = self.formatException(record.exc_info) if record.exc_info else None
+        trace = clean(self.formatException(record.exc_info)) if record.exc_info else None
         if self._as_json:
-            line: dict[str, object] = {
-                "at": at,
-                "level": record.levelname.lower(),
-                "event": record.getMessage(),
-            }
+            line: dict[str, object] = {"at": at, "level": record.levelname.lower(), "event": said}
             line = {**line, **{name: value for name, value in fields.items() if name not in line}}
-            return json.dumps({**line, "trace": trace} if trace else line, default=str)
+            return json.dumps({**line, "trace": trace} if trace else line)
         tail = "".join(f" {name}={value}" for name, value in fields.items())
-        return f"{at} {record.levelname:<7} {record.getMessage()}{tail}" + (f"\n{trace}" if trace else "")
+        return f"{at} {record.levelname:<7} {said}{tail}" + (f"\n{trace}" if trace else "")
 
-    def _cut(self, value: object) -> object:
-        if not isinstance(value, str) or len(value) <= LONGEST_FIELD:
+    def _told(self, value: object, clean: Callable[[str], str]) -> object:
+        if value is None or isinstance(value, int | float):
             return value
+        if isinstance(value, Mapping):
+            return {clean(str(name)): self._told(one, clean) for name, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._told(one, clean) for one in value]
+        text = str(value)
         # Half a secret would not be known as one.
-        return self._clean(value)[:LONGEST_FIELD] + "…"
+        return clean(text) if len(text) <= LONGEST_FIELD else self._clean(text)[:LONGEST_FIELD] + "…"
 
 
 class _Handler(logging.StreamHandler[TextIO]):

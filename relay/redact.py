@@ -19,16 +19,12 @@ _LONG = 256
 
 class Redactor:
     """Text without the secrets that it was told of, as they are and as they look in URLs, JSON, HTML and
-    base64, and without what looks like a secret of ours. How long it takes hardly depends on how many secrets
-    there are."""
+    base64, and without what looks like a secret of ours; what is shorter than six characters is no secret.
+    How long it takes depends on how many short secrets there are, and hardly on how many others."""
 
     def __init__(self, *secrets: str) -> None:
         self._short: set[str] = set()
         self._pieces: dict[str, set[str]] = {}
-        self.add(*secrets)
-
-    def add(self, *secrets: str) -> None:
-        """Secrets that become known later; what is shorter than six characters is no secret."""
         for secret in secrets:
             for form in _forms(secret) if len(secret) >= _SHORTEST else ():
                 if len(form) < _STEP + _PIECE - 1:

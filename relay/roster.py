@@ -22,7 +22,7 @@ READ_EVERY = 60_000
 
 class Roster(Mapping[str, Account]):
     """All accounts, by the names that Relay itself uses. `check` raises ConfigError for a base URL that must
-    not be used; `learn_secrets` is told what no log may hold."""
+    not be used."""
 
     def __init__(
         self,
@@ -30,11 +30,9 @@ class Roster(Mapping[str, Account]):
         store: Store,
         *,
         check: Callable[[str], None],
-        learn_secrets: Callable[..., None],
         now: Callable[[], int],
     ) -> None:
         self._configured, self._store, self._check, self._now = configured, store, check, now
-        self._learn_secrets = learn_secrets
         self._added: dict[str, Account] = {}
         self._versions: dict[str, int] = {}
         self._heard: set[str] = set()  # names whose accounts may be others by now
@@ -120,12 +118,14 @@ class Roster(Mapping[str, Account]):
                 self._versions.pop(name, None)
 
     def _learn(self, credential: Credential) -> None:
-        """The one place where this process gets to know an added account, and its secrets."""
+        """The one place where this process gets to know an added account.
+
+        Its secrets are blotted out of what its own provider says (`relay.asker`) and of nothing else: who
+        chose them could choose as well what other tenants and the operator are shown."""
         name = credential.name
         if self._versions.get(name) == credential.updated_at:
             return
         self._versions[name] = credential.updated_at
-        self._learn_secrets(credential.api_key, *credential.webhook_secrets)
         try:
             self._added[name] = self._account(credential)
         except RelayError as error:

@@ -722,6 +722,25 @@ async def test_a_credential_is_in_no_answer_event_error_or_log(
         assert [text for text in texts if secret in text] == []
 
 
+async def test_what_a_tenant_chooses_as_its_credential_is_not_blotted_out_for_others(world: World):
+    relay = await world.relay(accounts={})
+    acme, bolt = await two(world, relay)
+    chosen = ["event_types.0", "secretive_field", "endpoint.something"]
+
+    async def refusals() -> list[Any]:
+        wrong = {"url": "https://a.example", "event_types": [1], "secretive_field": 1}
+        refused = await bolt.api.post("/v1/endpoints", json=wrong)
+        missing = await bolt.api.get("/v1/endpoints/endpoint.something")
+        assert (refused.status_code, missing.status_code) == (422, 404)
+        return [refused.json(), missing.json()]
+
+    before = await refusals()
+    assert all(text in str(before) for text in chosen)
+    await acme.add(api_key=chosen[0], webhook_secret=chosen[1:])
+    await acme.api.patch("/v1/accounts/luma", json={"api_key": chosen[1]})
+    assert await refusals() == before
+
+
 async def test_what_a_tenant_calls_its_provider_cannot_be_inside(world: World):
     relay = await world.relay(accounts={}, network={"allow": []})
     for base_url in ("https://169.254.169.254/latest", "https://localhost/v1"):

@@ -7,9 +7,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+import pytest
 from standardwebhooks import Webhook
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from relay import signature
 from tests.conftest import RunningRelay, World
+from tests.serving import Received, serving
 
 PATH = "/v1/generations"
 
@@ -202,6 +209,83 @@ async def test_a_callback_url_receives_the_events_signed_with_the_signing_secret
         (None, url),
         (endpoint["id"], endpoint["url"]),
     }
+
+
+async def test_a_rotated_signing_secret_signs_beside_the_old_one_until_the_overlap_is_over(
+    world: World,
+) -> None:
+    relay = await world.relay(delivery={"timeout": "2s", "schedule": ["50ms"]})
+
+    async def end() -> None:
+        job_id = world.simulator.submit("luma", duration=0)
+        url = world.subscriber.origin + "/callback"
+        made = await relay.api.post(PATH, json={"account": "luma", "job_id": job_id, "callback_url": url})
+        assert made.status_code == 201
+
+    old = (await relay.api.get("/v1/signing-secret")).json()["secret"]
+    answer = await relay.api.post("/v1/signing-secret/rotate", json={"overlap_seconds": 60})
+    assert answer.status_code == 200
+    new = answer.json()["secret"]
+    assert new != old
+    assert (await relay.api.get("/v1/signing-secret")).json() == answer.json()
+    until = datetime.fromisoformat(answer.json()["previous_secret_expires_at"]).timestamp()
+    assert until == pytest.approx(world.clock() / 1000 + 60, abs=30)
+    # Sent at once, and then again as it is read from the store.
+    world.subscriber.answer(503, 204, path="/callback")
+    await end()
+    for received in await world.subscriber.got(2, path="/callback"):
+        assert signed_by(received, new, old) == [new, old]
+    world.clock.forward(seconds=61)
+    await end()
+    [*_, received] = await world.subscriber.got(3, path="/callback")
+    assert signed_by(received, new, old) == [new]
+    for wrong in ({"secret": "whsec_short"}, {"overlap_seconds": 30 * 86_400 + 1}, {"overlap_seconds": -1}):
+        assert (await relay.api.post("/v1/signing-secret/rotate", json=wrong)).status_code == 422
+    chosen = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+    await relay.api.post("/v1/signing-secret/rotate", json={"secret": chosen, "overlap_seconds": 0})
+    await end()
+    [*_, received] = await world.subscriber.got(4, path="/callback")
+    assert signed_by(received, chosen, new) == [chosen]
+
+
+def signed_by(received: Received, *secrets: str) -> list[str]:
+    """Which of the secrets made the signatures, in their order."""
+    headers = received.headers
+    made = {
+        signature.sign(one, headers["webhook-id"], int(headers["webhook-timestamp"]), received.body): one
+        for one in secrets
+    }
+    return [made[one] for one in headers["webhook-signature"].split(" ")]
+
+
+async def test_what_waits_for_a_callback_url_is_signed_with_the_secret_that_there_is_then(
+    world: World,
+) -> None:
+    begun, go_on, received = asyncio.Event(), asyncio.Event(), list[Received]()
+
+    async def hang(request: Request) -> Response:
+        received.append(Received(request.url.path, dict(request.headers), await request.body()))
+        begun.set()
+        await go_on.wait()
+        return Response(status_code=204)
+
+    async with serving(Starlette(routes=[Route("/", hang, methods=["POST"])])) as origin:
+        relay = await world.relay(delivery={"timeout": "10s", "endpoint_concurrency": 1})
+        old = (await relay.api.get("/v1/signing-secret")).json()["secret"]
+        for number in range(3):
+            job_id = world.simulator.submit("luma", duration=0)
+            body = {"account": "luma", "job_id": job_id, "callback_url": f"{origin}/"}
+            made = (await relay.api.post(PATH, json=body)).json()
+            await relay.eventually(f"{PATH}/{made['id']}", lambda one: one["status"] == "completed")
+            if number == 0:
+                await begun.wait()
+        answer = await relay.api.post("/v1/signing-secret/rotate", json={"overlap_seconds": 0})
+        go_on.set()
+        await relay.eventually(
+            "/v1/deliveries", lambda page: [one["status"] for one in page["data"]] == ["delivered"] * 3
+        )
+    new = answer.json()["secret"]
+    assert [signed_by(one, new, old) for one in received] == [[old], [new], [new]]
 
 
 async def test_wait_answers_at_the_end_or_when_the_time_is_over(world: World) -> None:

@@ -11,15 +11,18 @@ from starlette.requests import Request
 
 from relay.app import build
 from relay.config import read_config
-from relay.errors import StoreError
+from relay.errors import Limited, StoreError
 from relay.key import Scope, hash_of, new_key
+from relay.keyring import KeyRing
+from relay.store import open_database, store_on
+from relay.store.keys import MOST
 from relay.times import rfc3339
 from relay.web.auth import Gate
 from tests.conftest import ADMIN_KEY, Clock, RunningRelay, World
 from tests.fleet import Fleet
 from tests.serving import serving
 from tests.test_api_rules import at, example, fields, operations
-from tests.test_store import a_key, prepared
+from tests.test_store import a_key, fill_with_keys, prepared
 
 USUAL = {"scopes": ["read", "write"]}
 ALONE = [scope.value for scope in Scope]
@@ -239,6 +242,7 @@ SCOPES = {
     "replay": ["POST /v1/deliveries/{id}/replay", "POST /v1/replays", "DELETE /v1/replays/{id}"],
     "admin": [
         *("GET /v1/endpoints/{id}/secret", "POST /v1/endpoints/{id}/secret/rotate", "GET /v1/signing-secret"),
+        "POST /v1/signing-secret/rotate",
         *("POST /v1/keys", "GET /v1/keys", "GET /v1/keys/{id}", "DELETE /v1/keys/{id}", "GET /v1/audit"),
         *("POST /v1/accounts", "PATCH /v1/accounts/{name}", "DELETE /v1/accounts/{name}"),
     ],
@@ -474,3 +478,49 @@ async def test_a_key_that_ends_makes_none_that_outlasts_it(world: World) -> None
     for end in ("2098-01-01T00:00:00Z", "2099-01-01T00:00:00Z"):
         answer = await admin.post("/v1/keys", json={"scopes": ["admin"], "expires_at": end})
         assert answer.status_code == 201
+
+
+async def test_a_key_with_a_rate_limit_makes_none_that_is_faster(world: World) -> None:
+    relay = await world.relay()
+    admin = await world.member(relay, "admin", rate_limit=100)
+    refused = await admin.post("/v1/keys", json={**USUAL, "rate_limit": 100.5})
+    assert (refused.status_code, fields(refused)) == (422, ["rate_limit"])
+    given: list[dict[str, Any]] = [{}, {"rate_limit": None}, {"rate_limit": 100}, {"rate_limit": 2.5}]
+    made = [(await admin.post("/v1/keys", json={**USUAL, **one})).json() for one in given]
+    assert [one["rate_limit"] for one in made] == [100, 100, 100, 2.5]
+
+
+async def test_a_tenant_with_too_many_keys_makes_another_one_when_one_is_revoked(world: World) -> None:
+    relay = await world.relay()
+    admin = await world.member(relay, "admin", tenant="acme")
+    database = await open_database(relay.settings.database, alone=False)
+    try:
+        await fill_with_keys(store_on(database, KeyRing(["x"])), "acme", MOST - 1, now=world.clock())
+    finally:
+        await database.close()
+    refused = await admin.post("/v1/keys", json=USUAL)
+    assert (refused.status_code, f"{MOST} keys" in refused.json()["detail"]) == (409, True)
+    assert (await relay.api.post("/v1/keys", json=USUAL)).status_code == 201
+    # Those that have ended are none of them.
+    newest = [one["id"] for one in (await admin.get("/v1/keys")).json()["data"] if not one["expires_at"]]
+    assert (await admin.delete(f"/v1/keys/{newest[0]}")).status_code == 204
+    assert (await admin.post("/v1/keys", json=USUAL)).status_code == 201
+    assert (await admin.post("/v1/keys", json=USUAL)).status_code == 409
+    world.clock.forward(seconds=61)
+    assert (await admin.post("/v1/keys", json=USUAL)).status_code == 201
+
+
+async def test_keys_with_other_rates_do_not_begin_a_keys_limit_anew(database_url: str, clock: Clock) -> None:
+    async with prepared(database_url) as store:
+        gate = Gate(store.keys, None, now=clock)
+        texts = []
+        for number in range(150):
+            id_, text = new_key(clock())
+            slow = 0.001 + number / 1_000_000
+            await store.keys.create(a_key(id=id_, hash=hash_of(text), rate_limit=slow))
+            texts.append(text)
+        for text in texts:
+            await gate.admit(carrying(text))
+        for text in texts:
+            with pytest.raises(Limited):
+                await gate.admit(carrying(text))

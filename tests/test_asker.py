@@ -1,12 +1,15 @@
 """What a provider echoes or a broken provider file says never carries the credential on."""
 
+import gc
 import ipaddress
+import json
 import time
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from urllib.parse import quote
 
+import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -16,8 +19,9 @@ from starlette.routing import Route
 from relay.asker import Asker
 from relay.errors import ProviderError
 from relay.guard import Guard
-from relay.providers import Account, Provider
+from relay.providers import Account, Provider, Reply
 from relay.providers.vivix import Vivix
+from relay.redact import Redactor
 from tests.serving import serving
 
 KEY = "vvx_live_a/secret"
@@ -125,3 +129,22 @@ async def test_a_proxy_is_not_asked_for_an_address_that_the_guard_refuses(host: 
             assert len(asked) == 1
         finally:
             await asker.close()
+
+
+def test_the_credentials_of_accounts_that_are_gone_are_kept_nowhere():
+    provider = Vivix()
+    asker = Asker(httpx.AsyncBaseTransport(), capability="https://r/hooks/", now=lambda: 0)
+
+    def ask(key: str) -> None:
+        account = Account("a", provider, key, provider.base_url, provider.pace)
+        update = asker.read(account, Reply(200, json.dumps({"status": "failed", "error": key}).encode(), {}))
+        assert key not in repr(update)
+
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(one, Redactor) for one in gc.get_objects())
+
+    before = held()
+    for number in range(20):
+        ask(f"{KEY}-{number}")
+    assert held() <= before + 1

@@ -62,6 +62,7 @@ async def deeds(
     await do("DELETE /v1/replays/{id}", replay["id"], "replay.canceled")
     await do(f"DELETE {one}", endpoint, "endpoint.deleted")
     await do("GET /v1/signing-secret", "default", "tenant.secret_revealed")
+    await do("POST /v1/signing-secret/rotate", "default", "tenant.secret_rotated")
     account = {"name": "studio", "provider": "luma", "api_key": KEY}
     await do("POST /v1/accounts", "", "account.created", **account)
     await do("PATCH /v1/accounts/{name}", "studio", "account.changed", "api_key", api_key=KEY[::-1])

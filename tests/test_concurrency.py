@@ -29,6 +29,7 @@ from relay.store.audit import Entry
 from relay.store.events import Publication
 from relay.store.generations import Hint, Watch
 from relay.store.idempotency import Idempotency
+from relay.store.keys import MOST as MOST_KEYS
 from tests.conftest import Clock
 from tests.keyring import KEYRING
 from tests.postgres import Cluster
@@ -49,6 +50,7 @@ from tests.test_store import (
     asked,
     change_of,
     claimed_deliveries,
+    fill_with_keys,
     published,
     registered,
     rows,
@@ -510,6 +512,18 @@ async def test_a_change_is_made_of_what_the_change_before_it_has_left(url: str, 
     assert (after.url, after.description, after.headers) == ("https://other.test/", "https://other.test/", {})
 
 
+async def test_rotations_of_a_tenants_secret_at_once_all_happen(url: str, relays: Sequence[Store]):
+    works = [
+        relay.tenants.rotate(TENANT, f"whsec_{n}", expires_at=NOW + DAY, now=NOW)
+        for n, relay in enumerate(relays[:3])
+    ]
+    lock = "SELECT 1 FROM tenants WHERE id = $1 FOR UPDATE"
+    await all_at_once(url, lock, *works, values=[TENANT])
+    after = {one.symmetric for one in await relays[0].tenants.signing_secrets(TENANT)}
+    assert after >= {"whsec_0", "whsec_1", "whsec_2"}
+    assert len(after) == 4
+
+
 async def test_what_is_deleted_stays_disabled_however_it_is_enabled_at_that_moment(
     url: str, relays: Sequence[Store]
 ):
@@ -880,6 +894,19 @@ async def test_of_relays_that_are_asked_for_the_same_key_at_once_one_makes_it(
     assert await rows(relays[0], "SELECT object FROM audit") == [{"object": key.id}]
 
 
+async def test_of_relays_that_make_the_last_key_that_a_tenant_may_have_at_once_one_does(
+    relays: Sequence[Store], url: str
+):
+    await fill_with_keys(relays[0], TENANT, MOST_KEYS - 1, now=NOW)
+    made = await all_at_once(
+        url,
+        "SELECT 1 FROM tenants WHERE id = $1 FOR UPDATE",
+        *(relay.keys.create(a_key()) for relay in relays),
+        values=[TENANT],
+    )
+    assert sorted(type(one).__name__ for one in made) == ["Conflict"] * 3 + ["Key"]
+
+
 async def test_relays_that_write_down_the_uses_of_the_same_keys_at_once_keep_the_latest(
     relays: Sequence[Store], url: str
 ):
@@ -916,5 +943,5 @@ async def test_relays_that_start_at_once_found_one_tenant(relays: Sequence[Store
     await asyncio.gather(
         *(relay.tenants.found("new", f"whsec_{n}", now=NOW) for n, relay in enumerate(relays))
     )
-    secrets = {await relay.tenants.signing_secret("new") for relay in relays}
+    secrets = {await relay.tenants.signing_secrets("new") for relay in relays}
     assert len(secrets) == 1

@@ -279,7 +279,7 @@ def databases(directory: Path) -> list[str]:
 async def other_rows(source: str, target: str) -> None:
     await fill(source)
     await migrated(target)
-    await insert(target, "tenants", {"id": "default", "signing_secret": "s", "created_at": 1})
+    await insert(target, "tenants", {"id": "default", "signing_secrets": "s", "created_at": 1})
 
 
 async def an_ended_copy(source: str, target: str) -> None:

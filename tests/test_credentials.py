@@ -113,7 +113,7 @@ async def test_however_many_unknown_names_are_sought_at_once_the_database_is_ask
         return await get_many(names)
 
     monkeypatch.setattr(store.credentials, "get_many", counted)
-    roster = Roster({}, store, check=print, learn_secrets=print, now=lambda: NOW)
+    roster = Roster({}, store, check=print, now=lambda: NOW)
     await store.credentials.create(a_credential(), None)
     names = [f"somebody.name-{number}" for number in range(300)]
     found = await asyncio.gather(*map(roster.seek, [*names, f"{TENANT}.luma"]))

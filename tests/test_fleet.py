@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from relay.delivery import destination
 from relay.shard import shard_of, share
 from relay.store import Store
 from relay.store.postgres import PostgreSQL
@@ -215,6 +216,28 @@ async def test_a_change_of_an_endpoint_reaches_the_relay_that_sends_to_it(
         elif at < changed["/rotated"] - 1:
             with pytest.raises(WebhookVerificationError):
                 Webhook(secret).verify(one.body, one.headers)
+
+
+async def test_a_rotated_signing_secret_reaches_the_relay_that_sends_to_a_callback_url(
+    world: World, fleet: Fleet, busy: Busy
+):
+    relays = await fleet.joined(2, delivery={"timeout": "15s", "endpoint_concurrency": 1})
+    url = f"{busy.origin}/hanging"
+    for _ in range(3):
+        body = {"account": "luma", "job_id": world.simulator.submit("luma", duration=0), "callback_url": url}
+        assert (await relays[0].api.post("/v1/generations", json=body)).status_code == 201
+    await busy.got("/hanging", 1)
+    await fleet.eventually("SELECT COUNT(*) AS n FROM deliveries WHERE status = 'sending'", 3)
+    leases = {row["lease"] for row in await fleet.rows("SELECT lease FROM deliveries")}
+    other = (await fleet.others(destination("default", None, url)))[0]
+    answer = await other.api.post("/v1/signing-secret/rotate", json={"overlap_seconds": 0})
+    # All but the one that is under way are read anew.
+    as_before = "SELECT COUNT(*) AS n FROM deliveries WHERE lease IN (:leases)"
+    await fleet.eventually(as_before, 1, leases=sorted(leases))
+    busy.go_on.set()
+    await busy.got("/hanging", 3)
+    for one in busy.received["/hanging"][1:]:
+        Webhook(answer.json()["secret"]).verify(one.body, one.headers)
 
 
 async def test_replays_and_test_events_go_out_at_once_through_any_relay(

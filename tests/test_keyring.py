@@ -1,5 +1,7 @@
 """Secrets at rest: what is sealed opens only where, and with what, it was sealed."""
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,3 +73,21 @@ def test_the_id_of_a_key_does_not_hold_the_key():
 def test_what_was_not_sealed_does_not_open(text):
     with pytest.raises(SealBroken):
         RING.open(text, *PLACE)
+
+
+def test_a_fingerprint_is_made_with_a_key_and_with_every_one_that_is_known():
+    [old], [new] = KeyRing([OLD]).fingerprints(b"x"), KeyRing([NEW]).fingerprints(b"x")
+    assert KeyRing([NEW, OLD]).fingerprints(b"x") == [new, old]
+    assert len({old, new, *RING.fingerprints(b"y")}) == 3
+
+
+def test_what_is_long_is_not_kept_once_it_was_opened():
+    ring, long = KeyRing([NEW]), "a credential of somebody's choice" * 1000
+    tracemalloc.start()
+    try:
+        for number in range(100):
+            assert ring.open(ring.seal(f"{long}{number}", *PLACE), *PLACE) == f"{long}{number}"
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 10 * len(long)

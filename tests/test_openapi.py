@@ -222,6 +222,7 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     await walk("DELETE", "/v1/generations/{id}", nameless)
     await walk("DELETE", "/v1/generations/{id}", nameless)
     assert (await walk("GET", "/v1/signing-secret"))["secret"]
+    await walk("POST", "/v1/signing-secret/rotate", json={"overlap_seconds": 60})
     await walk("GET", "/v1/endpoints/{id}", endpoint)
     await walk("PATCH", "/v1/endpoints/{id}", endpoint, json={"description": "x", "event_types": ["a.b"]})
     await walk("GET", "/v1/endpoints/{id}/secret", endpoint)

@@ -24,7 +24,7 @@ from tests.postgres import Cluster
 from tests.serving import listener, until
 
 COUNT = "SELECT COUNT(*) AS n FROM tenants"
-ADD = "INSERT INTO tenants (id, signing_secret, created_at) VALUES (:id, 's', 0)"
+ADD = "INSERT INTO tenants (id, signing_secrets, created_at) VALUES (:id, 's', 0)"
 BUSY = "FROM pg_stat_activity WHERE application_name = 'relay' AND state <> 'idle'"
 
 

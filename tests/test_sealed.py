@@ -1,6 +1,8 @@
 """Secrets in the database: sealed, bound to their rows, and sealed anew while relays run."""
 
 import asyncio
+import hashlib
+import json
 import signal
 from base64 import b64decode
 from collections.abc import AsyncIterator
@@ -55,7 +57,7 @@ async def test_no_secret_and_no_header_stands_in_the_database_in_clear(database_
         written = repr([dict(endpoint), dict(tenant)])
         for secret in (PLAIN, "whsk_private", "hidden", "x-token"):
             assert secret not in written
-        assert await store.tenants.signing_secret("acme") == PLAIN
+        assert await store.tenants.signing_secrets("acme") == (Secret(PLAIN),)
         found = await store.endpoints.get(TENANT, made.id)
         assert found is not None and found.headers == {"x-token": "hidden"}
         assert list(found.secrets) == [Secret(PLAIN, "whsk_private")]
@@ -99,6 +101,24 @@ async def test_an_endpoint_whose_secret_was_tampered_with_fails_says_so_and_work
     assert accepts(SECRET, await send_test(world, relay, endpoint["id"]))
 
 
+async def test_a_signing_secret_that_was_tampered_with_is_not_shown_and_works_once_rotated(
+    database_url: str, world: World
+) -> None:
+    relay = await world.relay(database=database_url)
+    async with opened(database_url, relay.settings.secret_key, alone=False) as store:
+        await execute(store, "UPDATE tenants SET signing_secrets = 'whsec_evil'")
+    refused = await relay.api.get("/v1/signing-secret")
+    assert (refused.status_code, "rotate it" in refused.json()["detail"]) == (409, True)
+    rotated = await relay.api.post("/v1/signing-secret/rotate")
+    assert rotated.json() == (await relay.api.get("/v1/signing-secret")).json()
+    async with opened(database_url, relay.settings.secret_key, alone=False) as store:
+        [tenant] = await rows(store, "SELECT signing_secrets FROM tenants")
+        assert rotated.json()["secret"] not in tenant["signing_secrets"]
+        assert await store.tenants.signing_secrets("default") == (
+            Secret(rotated.json()["secret"], is_rotated=True),
+        )
+
+
 async def test_a_relay_with_another_secret_key_does_not_start(world: World) -> None:
     async with world.running(secret_key=OLD):
         pass
@@ -109,11 +129,30 @@ async def test_a_relay_with_another_secret_key_does_not_start(world: World) -> N
         assert (await relay.api.get("/v1/signing-secret")).status_code == 200
 
 
+async def test_what_an_idempotency_key_was_used_for_cannot_be_guessed_and_is_known_after_a_new_secret_key(
+    database_url: str, world: World
+) -> None:
+    path, key = "/v1/endpoints", {"idempotency-key": "k"}
+    body = json.dumps({"url": "https://a.example/", "headers": {"x-pin": "1234"}})
+    async with world.running(database=database_url, secret_key=OLD) as relay:
+        made = await relay.api.post(path, content=body, headers=key)
+        async with opened(database_url, OLD, alone=False) as store:
+            [kept] = await rows(store, "SELECT request_hash FROM idempotency_keys")
+    assert kept["request_hash"] == KeyRing([OLD]).fingerprints(f"POST {path}\n{body}".encode())[0]
+    assert kept["request_hash"] != hashlib.sha256(f"POST {path}\n{body}".encode()).hexdigest()
+    async with world.running(database=database_url, secret_key=NEW, previous_secret_keys=[OLD]) as relay:
+        again = await relay.api.post(path, content=body, headers=key)
+        assert (again.status_code, again.json()["id"]) == (201, made.json()["id"])
+        other = await relay.api.post(path, content=body.replace("1234", "1235"), headers=key)
+        assert (other.status_code, other.json()["errors"][0]["field"]) == (422, "Idempotency-Key")
+
+
 async def test_rekeying_seals_everything_anew_goes_on_where_it_was_and_leaves_broken_rows(
     database_url: str,
 ) -> None:
     async with opened(database_url, OLD) as store:
         await store.tenants.found(TENANT, PLAIN, now=NOW)
+        await store.tenants.rotate(TENANT, "whsec_2", expires_at=NOW + 9, now=NOW)
         made = [await registered(store, secrets=[Secret(f"whsec_{n}")]) for n in range(PAGE + 5)]
         tampered = "UPDATE endpoints SET secrets = secrets || 'x' WHERE id = :id"
         await execute(store, tampered, id=made[3].id)
@@ -130,7 +169,10 @@ async def test_rekeying_seals_everything_anew_goes_on_where_it_was_and_leaves_br
             await store.sealed.check()
         await execute(store, "DELETE FROM endpoints WHERE id = :id", id=made[3].id)
         await store.sealed.check()
-        assert await store.tenants.signing_secret(TENANT) == PLAIN
+        assert await store.tenants.signing_secrets(TENANT) == (
+            Secret("whsec_2", is_rotated=True),
+            Secret(PLAIN, expires_at=NOW + 9),
+        )
         found = await store.endpoints.get(TENANT, made[PAGE + 4].id)
         assert found is not None and found.secrets == (Secret(f"whsec_{PAGE + 4}"),)
 

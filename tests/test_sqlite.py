@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from relay.endpoint import Secret
 from relay.errors import ConfigError, StoreError
 from relay.store import Store
 from tests.test_store import NOW, insert, opened, prepared
@@ -99,7 +100,7 @@ async def test_a_writer_that_is_canceled_while_it_begins_does_not_stop_the_next_
     other.close()
     await asyncio.gather(writer, return_exceptions=True)
     await store.tenants.found("after", "s", now=NOW)
-    assert await store.tenants.signing_secret("after") == "s"
+    assert await store.tenants.signing_secrets("after") == (Secret("s"),)
 
 
 async def test_a_full_disk_is_a_general_failure_that_passes(store: Store):

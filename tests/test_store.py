@@ -356,7 +356,7 @@ async def test_a_database_that_is_newer_than_the_program_is_refused(store: Store
 async def test_readers_neither_wait_for_a_writer_nor_see_what_it_has_not_committed(store: Store):
     async with store.database.write() as tx:
         await tx.execute("DELETE FROM tenants")
-        assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
+        assert await store.tenants.signing_secrets(TENANT) == (Secret("whsec_of_the_tenant"),)
 
 
 @pytest.mark.parametrize("browse", [True, False])
@@ -378,7 +378,7 @@ async def test_what_raises_inside_a_transaction_undoes_all_of_it(store: Store):
         async with store.database.write() as tx:
             await tx.execute("DELETE FROM tenants")
             raise RuntimeError("no")
-    assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
+    assert await store.tenants.signing_secrets(TENANT) == (Secret("whsec_of_the_tenant"),)
 
 
 async def test_a_writer_that_is_canceled_in_the_middle_leaves_nothing(store: Store):
@@ -395,7 +395,7 @@ async def test_a_writer_that_is_canceled_in_the_middle_leaves_nothing(store: Sto
     writer.cancel()
     await asyncio.gather(writer, return_exceptions=True)
     await store.database.probe()
-    assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
+    assert await store.tenants.signing_secrets(TENANT) == (Secret("whsec_of_the_tenant"),)
 
 
 async def test_what_was_written_is_there_when_the_database_is_opened_again(database_url: str):
@@ -415,8 +415,8 @@ async def test_probe_fails_on_a_closed_database(database_url: str):
 
 async def test_how_many_rows_were_changed_is_said(store: Store):
     async with store.database.write() as tx:
-        assert await tx.execute("UPDATE tenants SET signing_secret = 's' WHERE id = 'nobody'") == 0
-        assert await tx.execute("UPDATE tenants SET signing_secret = 's' WHERE id = :id", id=TENANT) == 1
+        assert await tx.execute("UPDATE tenants SET signing_secrets = 's' WHERE id = 'nobody'") == 0
+        assert await tx.execute("UPDATE tenants SET signing_secrets = 's' WHERE id = :id", id=TENANT) == 1
         assert await tx.execute("DELETE FROM tenants") == 1
 
 
@@ -443,7 +443,7 @@ async def test_what_is_wrong_with_one_row_is_no_general_failure(store: Store, ch
 
 async def test_a_tenant_keeps_its_first_secret(store: Store):
     await store.tenants.found(TENANT, "another", now=NOW)
-    assert await store.tenants.signing_secret(TENANT) == "whsec_of_the_tenant"
+    assert await store.tenants.signing_secrets(TENANT) == (Secret("whsec_of_the_tenant"),)
 
 
 # Keys.
@@ -452,6 +452,21 @@ async def test_a_tenant_keeps_its_first_secret(store: Store):
 def a_key(*, at: int = NOW, **changes: Any) -> Key:
     made = Key(new_id("key", at), TENANT, None, (Scope.READ, Scope.REPLAY), "hash", at)
     return replace(made, **changes)
+
+
+async def fill_with_keys(store: Store, tenant: str, count: int, *, now: int) -> None:
+    """All but one until they are revoked, that one for a minute; of a tenant that is there."""
+    async with store.database.write() as tx:
+        await tx.execute_many(
+            """
+            INSERT INTO keys (id, tenant, scopes, hash, created_at, expires_at)
+            VALUES (:id, :tenant, 'read', 'hash', :now, :ends)
+            """,
+            [
+                {"id": new_id("key", now), "tenant": tenant, "now": now, "ends": None if n else now + 60_000}
+                for n in range(count)
+            ],
+        )
 
 
 async def test_a_key_comes_back_as_it_was_made(store: Store):

@@ -92,7 +92,7 @@ class Provider(ABC):
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Account:
     """One credential at a provider. `repr` never shows the credential.
 

@@ -16,7 +16,7 @@ from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.endpoints import cancel_open, disable, read_headers, read_secrets
 from relay.store.events import Handoff, fan_out, insert, listed
 from relay.store.filters import where
-from relay.store.tenants import read_signing_secret
+from relay.store.tenants import read_signing_secrets
 
 _NOTHING_HANDED_OVER = Handoff("", 0, takes=lambda destination, size: False)
 FAILING_LONG = 5 * 86_400_000
@@ -353,7 +353,7 @@ _RELEASE = """
 """
 _LOAD_CLAIMED = """
     SELECT d.id, d.tenant, d.event_id, e.type AS event_type, d.endpoint_id, d.destination,
-        COALESCE(p.url, d.callback_url) AS url, p.secrets, p.headers, p.rate_limit, t.signing_secret,
+        COALESCE(p.url, d.callback_url) AS url, p.secrets, p.headers, p.rate_limit, t.signing_secrets,
         e.body, e.expires_at, e.generation_id, e.created_at AS event_at,
         d.attempts, d.run_attempts, d.next_trigger, d.lease, d.due_at AS lease_until, d.replay_id
     FROM deliveries d
@@ -499,8 +499,7 @@ def _claimed(keyring: KeyRing, row: Row, now: int) -> Claimed:
     secrets: Sequence[str]
     headers: Mapping[str, str] = {}
     if endpoint_id is None:
-        signing = read_signing_secret(keyring, row["tenant"], row["signing_secret"])
-        secrets = (signing,) if signing else ()
+        secrets = valid(read_signing_secrets(keyring, row["tenant"], row["signing_secrets"]), now)
     else:
         secrets = valid(read_secrets(keyring, row["tenant"], endpoint_id, row["secrets"]), now)
         headers = read_headers(keyring, row["tenant"], endpoint_id, row["headers"])

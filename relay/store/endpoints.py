@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.filters import where
 from relay.store.idempotency import Idempotency, reserve
-from relay.store.sealed import opened
+from relay.store.sealed import opened, opened_secrets, sealed_secrets
 
 # Of a tenant: each is asked about every event, in the transaction that stores it.
 MOST, MOST_FILTERS = 1_000, 20
@@ -245,8 +245,7 @@ class Endpoints:
         return self._keyring.seal(json.dumps(dict(headers)), *place) if headers else ""
 
     def _sealed_secrets(self, tenant: str, endpoint_id: str, secrets: Sequence[Secret]) -> str:
-        place = ("endpoints", "secrets", endpoint_id, tenant)
-        return self._keyring.seal(json.dumps([asdict(one) for one in secrets]), *place)
+        return sealed_secrets(self._keyring, secrets, "endpoints", "secrets", endpoint_id, tenant)
 
 
 async def _check_room(tx: Transaction, tenant: str) -> None:
@@ -308,8 +307,7 @@ def read_endpoint(keyring: KeyRing, row: Row) -> Endpoint:
 
 def read_secrets(keyring: KeyRing, tenant: str, endpoint_id: str, sealed: str) -> Sequence[Secret]:
     """Newest first; none when they cannot be opened."""
-    text = opened(keyring, sealed, "endpoints", "secrets", endpoint_id, tenant) if sealed else None
-    return tuple(Secret(**one) for one in json.loads(text)) if text else ()
+    return opened_secrets(keyring, sealed, "endpoints", "secrets", endpoint_id, tenant) if sealed else ()
 
 
 def read_headers(keyring: KeyRing, tenant: str, endpoint_id: str, sealed: str) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from relay.delivery import Claimed, Status, Trigger, destination
-from relay.endpoint import Endpoint
+from relay.endpoint import Endpoint, valid
 from relay.errors import Collision, Conflict, Refused
 from relay.event import ENDINGS, FLEETING, PROGRESS, Event
 from relay.generation import FINAL, Generation
@@ -20,7 +20,7 @@ from relay.store.endpoints import read_endpoint
 from relay.store.filters import where
 from relay.store.generations import write_update
 from relay.store.idempotency import Idempotency, correct, created, reserve
-from relay.store.tenants import read_signing_secret
+from relay.store.tenants import read_signing_secrets
 
 # Deliveries that are made, or written, in one go: others have their turn between.
 AT_ONCE = 500
@@ -255,10 +255,10 @@ async def fan_out(
             rows.append(_delivery(event, None, url, handoff, now=now))
     for start in range(0, len(rows), AT_ONCE):
         await tx.execute_many(_DELIVER, rows[start : start + AT_ONCE])
-    secrets: dict[str, str | None] = {}
+    secrets: dict[str, Sequence[str]] = {}
     if any(row["callback_url"] is not None for row in rows):
         for row in await tx.fetch(_SIGNING, tenants=tenants):
-            secrets[row["id"]] = read_signing_secret(keyring, row["id"], row["signing_secret"])
+            secrets[row["id"]] = valid(read_signing_secrets(keyring, row["id"], row["signing_secrets"]), now)
     return _claimed(rows, {event.id: event for event in events}, endpoints, secrets, handoff, now=now)
 
 
@@ -419,7 +419,7 @@ _LISTENING = """
     SELECT * FROM endpoints WHERE tenant IN (:tenants) AND deleted_at IS NULL AND disabled_at IS NULL
     ORDER BY id
 """
-_SIGNING = "SELECT id, signing_secret FROM tenants WHERE id IN (:tenants)"
+_SIGNING = "SELECT id, signing_secrets FROM tenants WHERE id IN (:tenants)"
 _DELIVER = """
     INSERT INTO deliveries (
         id, tenant, event_id, endpoint_id, callback_url, destination, status, attempts, run_attempts,
@@ -478,7 +478,7 @@ def _claimed(
     rows: Sequence[Mapping[str, Any]],
     events: Mapping[str, Event],
     endpoints: Mapping[str, Endpoint],
-    signing_secrets: Mapping[str, str | None],
+    signing_secrets: Mapping[str, Sequence[str]],
     handoff: Handoff,
     *,
     now: int,
@@ -489,7 +489,6 @@ def _claimed(
             continue
         event = events[row["event_id"]]
         endpoint = endpoints.get(row["endpoint_id"])
-        signing = signing_secrets.get(event.tenant)
         claimed.append(
             Claimed(
                 id=row["id"],
@@ -498,7 +497,7 @@ def _claimed(
                 endpoint_id=row["endpoint_id"],
                 destination=row["destination"],
                 url=endpoint.url if endpoint else row["callback_url"],
-                secrets=endpoint.signing(now) if endpoint else (signing,) if signing else (),
+                secrets=endpoint.signing(now) if endpoint else signing_secrets.get(event.tenant, ()),
                 headers=endpoint.headers if endpoint else {},
                 rate_limit=endpoint.rate_limit if endpoint else None,
                 body=event.body,

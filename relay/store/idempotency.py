@@ -1,5 +1,6 @@
 """`Idempotency-Key`: the same request again creates nothing and gets the thing that was created."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from relay.errors import Collision, FieldError, Invalid
@@ -8,10 +9,12 @@ from relay.store.database import Transaction
 
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """A client's key, and a hash of what it asked for under it."""
+    """A client's key, and a hash of what it asked for under it; by `older_hashes`
+    the same request may be known as well."""
 
     key: str
     request_hash: str
+    older_hashes: Sequence[str] = ()
 
 
 async def reserve(
@@ -57,7 +60,7 @@ async def created(tx: Transaction, tenant: str, request: Idempotency) -> tuple[s
     )
     if not rows:
         return None
-    if rows[0]["request_hash"] != request.request_hash:
+    if rows[0]["request_hash"] not in (request.request_hash, *request.older_hashes):
         raise Invalid(FieldError("Idempotency-Key", "was used for a different request"))
     return rows[0]["resource_id"], rows[0]["status"]
 

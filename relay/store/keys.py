@@ -3,11 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from relay.errors import Conflict
 from relay.key import Key, Scope
 from relay.store.audit import Entry, note
 from relay.store.database import Database, Row, Transaction, repeated
 from relay.store.filters import where
 from relay.store.idempotency import Idempotency, reserve
+
+# Of one tenant, neither revoked nor expired.
+MOST = 1000
 
 
 class Keys:
@@ -26,13 +30,21 @@ class Keys:
         entry: Entry | None = None,
     ) -> Key | None:
         """The new key, or the one that the idempotency key of the tenant `asker` created before; None when
-        that one is gone."""
+        that one is gone. Raises Conflict when the tenant has MOST keys."""
         async with self._db.write() as tx:
             before = await reserve(
                 tx, asker or key.tenant, idempotency, resource_id=key.id, status=201, now=key.created_at
             )
             if before is not None:
                 return await _of(tx, key.tenant, before[0])
+            # Who comes second waits here, and then counts the other one's key too.
+            await tx.execute("UPDATE tenants SET id = id WHERE id = :id", id=key.tenant)
+            [row] = await tx.fetch(_COUNT, tenant=key.tenant, now=key.created_at)
+            if row["count"] >= MOST:
+                raise Conflict(
+                    f"the tenant {key.tenant} has {MOST} keys that are neither revoked nor expired, no more"
+                    " are made: revoke one"
+                )
             await _add(tx, key, entry)
         return key
 
@@ -106,6 +118,14 @@ class Keys:
                 """,
                 [{"id": key_id, "at": at} for key_id, at in sorted(times.items())],
             )
+
+
+_COUNT = """
+    SELECT
+        (SELECT COUNT(*) FROM keys WHERE tenant = :tenant AND revoked_at IS NULL AND expires_at IS NULL)
+        + (SELECT COUNT(*) FROM keys WHERE tenant = :tenant AND revoked_at IS NULL AND expires_at > :now)
+        AS count
+"""
 
 
 async def _add(tx: Transaction, key: Key, entry: Entry | None) -> None:

@@ -1,11 +1,13 @@
 """What is sealed at rest, and sealing it anew when the `secret_key` has changed."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
+from relay.endpoint import Secret
 from relay.errors import ConfigError, SealBroken
 from relay.keyring import KeyRing, sealed_with
 from relay.store.database import Database
@@ -15,7 +17,7 @@ PAGE = 200
 # Each with the column of its id, that of its tenant, and those that are sealed: an empty text is no secret.
 SEALED: Mapping[str, tuple[str, str, Sequence[str]]] = MappingProxyType(
     {
-        "tenants": ("id", "id", ("signing_secret",)),
+        "tenants": ("id", "id", ("signing_secrets",)),
         "endpoints": ("id", "tenant", ("secrets", "headers")),
         "credentials": ("name", "tenant", ("api_key", "webhook_secrets")),
     }
@@ -112,3 +114,14 @@ def opened(keyring: KeyRing, sealed: str, *place: str) -> str | None:
         table, column, id_, _ = place
         log.error("secret.not_opened", extra={"where": f"{table}.{column}", "row": id_, "error": str(error)})
         return None
+
+
+def sealed_secrets(keyring: KeyRing, secrets: Sequence[Secret], *place: str) -> str:
+    """What `opened_secrets` opens."""
+    return keyring.seal(json.dumps([asdict(one) for one in secrets]), *place)
+
+
+def opened_secrets(keyring: KeyRing, sealed: str, *place: str) -> Sequence[Secret]:
+    """In their order; none when they cannot be opened."""
+    text = opened(keyring, sealed, *place)
+    return tuple(Secret(**one) for one in json.loads(text)) if text else ()

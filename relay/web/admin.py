@@ -100,6 +100,10 @@ async def create_key(call: Call[r.KeyCreate, None]) -> Result:
     if own_end is not None and (body.expires_at or math.inf) > own_end:
         problem = f"must be given, and at the latest be the end of your own key, {rfc3339(own_end)}"
         raise Invalid(FieldError("expires_at", problem))
+    # Nor to be faster than it.
+    own_rate = call.caller.rate_limit
+    if own_rate is not None and (body.rate_limit or 0) > own_rate:
+        raise Invalid(FieldError("rate_limit", f"may be that of your own key, {own_rate:g}, at most"))
     key_id, text = new_key(now)
     key = Key(
         id=key_id,
@@ -109,7 +113,7 @@ async def create_key(call: Call[r.KeyCreate, None]) -> Result:
         hash=hash_of(text),
         created_at=now,
         expires_at=body.expires_at,
-        rate_limit=body.rate_limit,
+        rate_limit=own_rate if body.rate_limit is None else body.rate_limit,
     )
     if tenant != call.tenant:
         await relay.store.tenants.found(tenant, signature.new_secret(), now=now)

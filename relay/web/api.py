@@ -167,21 +167,31 @@ async def rotate_secret(call: Call[r.SecretRotate, None]) -> Result:
     if rotated is None:
         raise NotFound(f"no endpoint {endpoint.id}")
     call.relay.deliverer.changed(endpoint.id)
-    return Result(200, _secret(rotated, now))
+    return Result(200, _secret(rotated.secrets, now))
 
 
 async def get_secret(call: Call[None, None]) -> Result:
     endpoint = await _endpoint(call)
     await call.relay.store.audit.add(call.entry("endpoint.secret_revealed", endpoint.id))
-    return Result(200, _secret(endpoint, call.relay.now()))
+    return Result(200, _secret(endpoint.secrets, call.relay.now()))
 
 
 async def get_signing_secret(call: Call[None, None]) -> Result:
     await call.relay.store.audit.add(call.entry("tenant.secret_revealed", call.tenant))
-    secret = await call.relay.store.tenants.signing_secret(call.tenant)
-    if secret is None:
-        raise Conflict("the signing secret cannot be opened: it was changed in the database")
-    return Result(200, r.SecretResource(secret=secret))
+    return Result(200, _secret(await call.relay.store.tenants.signing_secrets(call.tenant), call.relay.now()))
+
+
+async def rotate_signing_secret(call: Call[r.SecretRotate, None]) -> Result:
+    now = call.relay.now()
+    secrets = await call.relay.store.tenants.rotate(
+        call.tenant,
+        call.body.secret or signature.new_secret(),
+        expires_at=now + call.body.overlap_seconds * 1000,
+        now=now,
+        entry=call.entry("tenant.secret_rotated", call.tenant),
+    )
+    call.relay.deliverer.rotated(call.tenant)
+    return Result(200, _secret(secrets, now))
 
 
 async def create_generation(call: Call[r.GenerationCreate, None]) -> Result:
@@ -473,14 +483,14 @@ async def _selection(call: Call[r.ReplayCreate, None], now: int) -> Selection:
     )
 
 
-def _secret(endpoint: Endpoint, now: int) -> r.SecretResource:
-    if not endpoint.secrets:
+def _secret(secrets: Sequence[Secret], now: int) -> r.SecretResource:
+    if not secrets:
         raise Conflict(_BROKEN)
-    newest, *older = endpoint.secrets
+    newest, *older = secrets
     expires_at = max((one.expires_at or 0 for one in older), default=0)
     return r.SecretResource(
         secret=newest.symmetric,
-        public_key=endpoint.public_key,
+        public_key=signature.public_key(newest.private) if newest.private else None,
         previous_secret_expires_at=rfc3339(expires_at) if expires_at > now else None,
     )
 

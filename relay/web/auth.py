@@ -15,21 +15,22 @@ from relay.tenant import DEFAULT
 from relay.times import rfc3339
 
 ADMIN_KEY = "admin_key"
-# Keys with the same rate limit share its book-keeping; more different rates begin anew.
-_MOST_RATES = 100
+# When more keys have a rate limit, the one that was used longest ago begins anew.
+_MOST_LIMITED = 10_000
 _LONGEST_ADDRESS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Somebody whose key is good, until `expires_at`; `actor` is the key's id, or `admin_key` for that of the
-    configuration."""
+    """Somebody whose key is good, until `expires_at`, for `rate_limit` requests a second; `actor` is the
+    key's id, or `admin_key` for that of the configuration."""
 
     tenant: str
     actor: str
     scopes: Collection[Scope]
     address: str | None
     expires_at: int | None = None
+    rate_limit: float | None = None
 
     @property
     def is_admin(self) -> bool:
@@ -48,7 +49,7 @@ class Gate:
     def __init__(self, keys: Keys, admin_key: str | None, *, now: Callable[[], int]) -> None:
         self._keys, self._now = keys, now
         self._admin = hash_of(admin_key) if admin_key else None
-        self._limits: dict[float, Limit] = {}
+        self._limits: dict[str, Limit] = {}
         self._used: dict[str, int] = {}
 
     async def admit(self, request: Request[Any]) -> Caller:
@@ -64,7 +65,7 @@ class Gate:
         key, now = await self._known(text), self._now()
         self._limit(key, now)
         self._used[key.id] = now
-        return Caller(key.tenant, key.id, key.scopes, address, key.expires_at)
+        return Caller(key.tenant, key.id, key.scopes, address, key.expires_at, key.rate_limit)
 
     async def still_admits(self, caller: Caller) -> bool:
         """Whether the key that somebody was let in with is still good."""
@@ -104,10 +105,12 @@ class Gate:
     def _limit(self, key: Key, now: int) -> None:
         if key.rate_limit is None:
             return
-        limit = self._limits.get(key.rate_limit)
+        limit = self._limits.pop(key.id, None)
         if limit is None:
-            if len(self._limits) >= _MOST_RATES:
+            if len(self._limits) >= _MOST_LIMITED:
                 self._limits.pop(next(iter(self._limits)))
-            limit = self._limits[key.rate_limit] = Limit(key.rate_limit, max(1, int(key.rate_limit)))
+            limit = Limit(key.rate_limit, max(1, int(key.rate_limit)), most_keys=1)
+        # The last one is the one that was used last.
+        self._limits[key.id] = limit
         if wait := limit.take(key.id, now):
             raise Limited(f"this API key may be used {key.rate_limit:g} times a second", retry_after=wait)

@@ -13,6 +13,7 @@ from relay.config import Settings
 from relay.deliver import Deliverer
 from relay.hold import Holder
 from relay.ingest import Ingest
+from relay.keyring import KeyRing
 from relay.limit import Limit
 from relay.live import Live
 from relay.metrics import Metrics
@@ -37,6 +38,7 @@ class Relay:
 
     settings: Settings
     store: Store
+    keyring: KeyRing
     accounts: Roster
     callbacks: Callbacks
     ingest: Ingest

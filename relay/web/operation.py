@@ -1,7 +1,6 @@
 """An operation of the API: one description from which its route and its OpenAPI entry are both made."""
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -155,7 +154,8 @@ class Operation:
         if not 1 <= len(key) <= 255 or not key.isprintable():
             raise Invalid(FieldError("Idempotency-Key", "must be 1 to 255 printable characters"))
         asked = f"{self.method} {request.url.path}\n".encode() + raw
-        return Idempotency(key, hashlib.sha256(asked).hexdigest())
+        newest, *older = request.state["relay"].keyring.fingerprints(asked)
+        return Idempotency(key, newest, tuple(older))
 
 
 def paged(found: Sequence[T], query: r.PageQuery, render: Callable[[T], R]) -> Result:

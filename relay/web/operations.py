@@ -5,6 +5,7 @@ from relay.live import STREAMS
 from relay.replay import COUNTS
 from relay.store.endpoints import MOST as MOST_ENDPOINTS
 from relay.store.endpoints import MOST_FILTERS
+from relay.store.keys import MOST as MOST_KEYS
 from relay.store.replays import MOST_OPEN
 from relay.store.types import MOST as MOST_TYPES
 from relay.web import admin, api
@@ -129,6 +130,17 @@ OPERATIONS = (
         api.get_signing_secret,
         r.SecretResource,
         {200: "The secret", 409: "It cannot be opened: it was changed in the database"},
+    ),
+    Operation(
+        "POST",
+        "/v1/signing-secret/rotate",
+        ADMIN,
+        "Sign deliveries to callback_url with a new secret; the old one signs too for a while",
+        api.rotate_signing_secret,
+        r.SecretResource,
+        {200: "Rotated"},
+        body=r.SecretRotate,
+        example={"overlap_seconds": 86400},
     ),
     Operation(
         "POST",
@@ -423,7 +435,10 @@ OPERATIONS = (
         "Make an API key",
         admin.create_key,
         r.KeyWithText,
-        {201: "Made; the key is shown only now"},
+        {
+            201: "Made; the key is shown only now",
+            409: f"There are {MOST_KEYS} keys already, or what this Idempotency-Key created is gone",
+        },
         body=r.KeyCreate,
         creates=True,
         example={"name": "orders", "scopes": ["read", "write"], "expires_at": "2099-01-01T00:00:00Z"},

@@ -749,7 +749,8 @@ class KeyCreate(Request):
         default=None,
         ge=LOWEST_RATE,
         le=10_000,
-        description="Requests a second, at most, for each relay; 0.001 to 10,000.",
+        description="Requests a second, at most, for each relay; 0.001 to 10,000. A key that has one makes"
+        " none with more, and without it one with the same.",
     )
 
 

@@ -14,7 +14,7 @@ CREATE TABLE copies (
 
 CREATE TABLE tenants (
     id TEXT PRIMARY KEY,
-    signing_secret TEXT NOT NULL,
+    signing_secrets TEXT NOT NULL,
     created_at BIGINT NOT NULL
 );
 
@@ -31,6 +31,7 @@ CREATE TABLE keys (
     last_used_at BIGINT
 );
 CREATE INDEX keys_of_a_tenant ON keys (tenant, id);
+CREATE INDEX keys_not_revoked ON keys (tenant, expires_at) WHERE revoked_at IS NULL;
 
 -- Append-only: nothing changes a row, and only retention removes it.
 CREATE TABLE audit (
