@@ -219,15 +219,20 @@ async def served(directory: Path, **environment: str) -> AsyncIterator[asyncio.s
     )
     assert process.stderr is not None
     heard = b""
-    while b"relay.serving" not in heard:
-        line = await asyncio.wait_for(process.stderr.readline(), 20)
-        assert line, heard.decode()
-        heard += line
-    process.heard = heard.decode()  # type: ignore[attr-defined]
-    yield process
-    process.send_signal(signal.SIGTERM)
-    await asyncio.wait_for(process.communicate(), 20)
-    assert process.returncode == 0
+    try:
+        while b"relay.serving" not in heard:
+            line = await asyncio.wait_for(process.stderr.readline(), 20)
+            assert line, heard.decode()
+            heard += line
+        process.heard = heard.decode()  # type: ignore[attr-defined]
+        yield process
+        process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(process.communicate(), 20)
+        assert process.returncode == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
 
 
 async def test_the_main_job_on_the_command_line(world: World) -> None:
