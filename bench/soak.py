@@ -329,12 +329,13 @@ def plot(samples: list[Sample]) -> bytes:
         x_title="minutes",
         y_title="MiB",
         js=[],
-        dots_size=1,
+        show_dots=False,
         style=pygal.style.CleanStyle,
         disable_xml_declaration=True,
     )
+    times = [samples[start : start + 3] for start in range(0, len(samples), 3)]
     for name in ("memory", "database", "WAL"):
-        chart.add(name, [(one.seconds / 60, one.mib[name]) for one in samples[::3]])
+        chart.add(name, [(some[0].seconds / 60, max(one.mib[name] for one in some)) for some in times])
     return str(chart.render()).encode()
 
 
