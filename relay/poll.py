@@ -160,15 +160,20 @@ class Poller:
                     standing.short = got[name] >= rooms[name]
             await self._ledger.keep(now=now)
 
+    async def account(self, generation: Generation) -> Account:
+        """What it is asked about with. Raises Conflict when its tenant has that not any more."""
+        account = await self._roster.seek(generation.account)
+        if account is None or not account.is_of(generation.tenant):
+            raise Conflict(_gone(generation.account))
+        return account
+
     async def refresh(self, generation: Generation) -> Generation | None:
         """Asks now, whatever the schedule says; the generation afterwards, None when it is gone.
 
         Raises Conflict when its tenant has not the account any more or the job is not known, Limited when
         the account's budget is used up.
         """
-        account = await self._account(generation.tenant, generation.account)
-        if account is None:
-            raise Conflict(_gone(generation.account))
+        account = await self.account(generation)
         if generation.job_id is None and generation.claimed_job_id is None:
             raise Conflict("the job id is not known yet: set it, or wait for the provider's callback")
         await self._ledger.book(account)
@@ -186,8 +191,8 @@ class Poller:
         Raises NotFound when the tenant has no such account any more, Limited when its budget is used up or
         its provider is only probed, ProviderError when the provider cannot be asked.
         """
-        account = await self._account(tenant, name)
-        if account is None:
+        account = await self._roster.seek(name)
+        if account is None or not account.is_of(tenant):
             raise NotFound(_gone(name))
         standing, now = self.standing(account), self._now()
         probes = standing.health.status is not Status.OK
@@ -291,11 +296,6 @@ class Poller:
         await self._ledger.learn(account, None)
         return update
 
-    async def _account(self, tenant: str, name: str) -> Account | None:
-        """None also when the tenant has it no more: nobody uses another's credential."""
-        account = await self._roster.seek(name)
-        return account if account is not None and account.is_of(tenant) else None
-
     async def _look_for_strangers(self) -> None:
         watched = await self._store.generations.watching_accounts()
         self._strangers = [name for name in watched if name not in self._roster]
@@ -308,7 +308,8 @@ class Poller:
         # Who waits for a refresh is told at once that the store takes nothing.
         kept_until = 0 if learned_by is LearnedBy.REFRESH else generation.due_at or 0
         job_id = generation.job_id or generation.claimed_job_id
-        account = await self._account(generation.tenant, generation.account)
+        # What is watched goes on, also when its tenant has lost the account meanwhile.
+        account = await self._roster.seek(generation.account)
         if account is None:
             error = ProviderError("unreachable", _gone(generation.account))
         elif job_id is not None and asks:

@@ -230,22 +230,6 @@ async def test_an_account_is_shared_with_whom_the_configuration_names_and_with_n
             assert shown.status_code == (200 if other is api else 404)
 
 
-async def test_an_account_that_is_taken_from_a_tenant_works_for_it_no_more(world: World):
-    luma = {**world.document()["accounts"]["luma"], "poll_interval": "1h", "timeout": "1d"}
-    async with world.running(accounts={"luma": {**luma, "tenants": ["acme", "bolt"]}}) as relay:
-        acme = await tenant(world, relay, "acme")
-        watched = await acme.watch_job("luma", world.simulator.submit("luma", duration=0))
-        key = acme.api.headers["authorization"]
-    world.clock.forward(seconds=3700)
-    async with world.running(accounts={"luma": {**luma, "tenants": ["bolt"]}}) as relay:
-        relay.api.headers["authorization"] = key
-        path = f"/v1/generations/{watched['id']}"
-        known = await relay.eventually(path, lambda one: one["last_error"] is not None)
-        assert "luma" in known["last_error"]
-        assert (await relay.api.post(path + "/refresh")).status_code == 409
-    assert world.simulator.requests == []
-
-
 async def test_those_who_have_an_account_are_told_that_it_fails_but_not_what_was_said_of_anothers_job(
     world: World,
 ):
@@ -796,6 +780,8 @@ async def test_who_has_an_account_no_more_cannot_use_it_but_what_is_watched_goes
         relay.api.headers["authorization"] = key
         refused = await relay.api.post(f"/v1/generations/{made['id']}/refresh")
         assert (refused.status_code, world.simulator.requests) == (409, [])
+        refused = await relay.api.patch(f"/v1/generations/{made['id']}", json={"job_id": "another"})
+        assert "any more" in refused.json()["detail"]
         world.clock.forward(seconds=3700)
         await relay.eventually(f"/v1/generations/{made['id']}", lambda one: one["status"] == "completed")
 

@@ -267,7 +267,7 @@ async def test_every_operation_answers_as_the_document_says(world: World) -> Non
     await walk("POST", "/v1/endpoints", json=body, headers=key)
     # Secrets that were changed in the database.
     endpoint = (await walk("POST", "/v1/endpoints", json=body))["id"]
-    for change in ("UPDATE endpoints SET secrets = 'x'", "UPDATE tenants SET signing_secret = 'x'"):
+    for change in ("UPDATE endpoints SET secrets = 'x'", "UPDATE tenants SET signing_secrets = 'x'"):
         await run(relay.settings.database, change)
     for path in ("/v1/endpoints/{id}/secret", "/v1/signing-secret"):
         assert (await walk("GET", path, endpoint))["status"] == 409

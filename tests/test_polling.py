@@ -22,7 +22,7 @@ from starlette.routing import Route
 from relay.app import running
 from relay.budget import Budget
 from relay.config import read_config
-from relay.errors import Limited, ProviderError
+from relay.errors import Limited, NotFound, ProviderError
 from relay.generation import Generation, Status, Update
 from relay.health import Health
 from relay.providers import load
@@ -510,6 +510,9 @@ async def test_looks_that_come_together_while_a_provider_is_probed_are_one_probe
             looks = (relay.poller.look(DEFAULT, "luma", job) for _ in range(times))
             return list(await asyncio.gather(*looks, return_exceptions=True))
 
+        with pytest.raises(NotFound):
+            await relay.poller.look("somebody else", "luma", job)
+        assert asks(world, job) == []
         await look(5)
         before = len(asks(world, job))
         world.clock.forward(seconds=20)

@@ -264,10 +264,10 @@ async def get_generation(call: Call[Any, None]) -> Result:
 async def change_generation(call: Call[r.GenerationChange, None]) -> Result:
     relay, generation = call.relay, await _get_generation(call)
     if call.body.job_id is not None and call.body.job_id != generation.job_id:
-        account, ask = await relay.accounts.seek(generation.account), None
-        if account is not None and not generation.ended:
+        ask = None
+        if not generation.ended:
             ask = relay.poller.first_ask(
-                account,
+                await relay.poller.account(generation),
                 now=relay.now(),
                 deadline_at=generation.deadline_at,
                 job_known=True,

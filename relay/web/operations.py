@@ -180,7 +180,11 @@ OPERATIONS = (
         "Set a generation's job id or metadata",
         api.change_generation,
         r.GenerationResource,
-        {200: "Changed", 404: _FOUND[404], 409: "It has another job, or another generation has this one"},
+        {
+            200: "Changed",
+            404: _FOUND[404],
+            409: "It has another job, or another generation has this one, or its account is gone",
+        },
         body=r.GenerationChange,
         example={"job_id": "4d82d040-4394-4371-867d-72ae1dd62b6d"},
     ),
