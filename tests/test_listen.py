@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,3 +234,34 @@ async def test_a_replay_is_followed_through_a_relay_that_is_replaced(tmp_path: P
             assert (json.loads(ended.out)["status"], json.loads(ended.out)["done"]) == ("completed", 6)
         finally:
             await relay.end(signal.SIGKILL)
+
+
+async def test_on_a_terminal_a_replay_shows_how_fast_it_comes_on(world: World) -> None:
+    relay = await world.relay()
+    events = [{"type": "order.shipped", "data": {}} for _ in range(15)]
+    assert (await relay.api.post("/v1/events", json=events)).status_code == 201
+    made = await world.endpoint(relay, event_types=["order.shipped"])
+    ours, theirs = os.openpty()
+    wanted = ("--endpoint", made["id"], "--since", "1h", "--status", "missing", "--rate-limit", "20")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "relay", "replay", *wanted),
+        env={**BARE, "PYTHONPATH": str(ROOT), "RELAY_URL": relay.origin, "RELAY_API_KEY": ADMIN_KEY}
+        | {"TERM": "xterm"},
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    os.close(theirs)
+
+    def read() -> bytes:
+        shown = b""
+        with suppress(OSError):  # nobody is at the other end any more
+            while more := os.read(ours, 65_536):
+                shown += more
+        os.close(ours)
+        return shown
+
+    shown = (await asyncio.to_thread(read)).decode()
+    assert await process.wait() == 0
+    assert "15/15" in shown
+    assert re.search(r"[0-9]/s", shown)
+    assert re.search(r"0:0[01]:", shown), "and the time that is left"
