@@ -346,7 +346,7 @@ async def test_a_hanging_subscriber_ends_at_the_deadline_and_delays_nobody_else(
     [attempt] = shown["attempts"]
     assert (attempt["error"]["code"], attempt["response_status"]) == ("timeout", None)
     assert 1000 <= attempt["duration_ms"] < 1500
-    assert shown["status"] == "pending"
+    assert shown["status"] in ("pending", "sending"), "it is tried again"
 
 
 async def test_a_body_that_trickles_ends_at_the_deadline_too(world: World):
