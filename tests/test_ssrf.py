@@ -175,7 +175,10 @@ class Prey:
     async def _replay(self, url: str) -> Attempts:
         async with self._smuggled(url) as smuggled:
             [first] = await self._publish(*smuggled)
-            answer = await self._api.post(f"/v1/deliveries/{first['delivery']}/replay")
+            path = f"/v1/deliveries/{first['delivery']}/replay"
+            # They may not come too often, and the answer says when the next one may.
+            while (answer := await self._api.post(path)).status_code == 429:  # noqa: ASYNC110 # see above
+                await asyncio.sleep(int(answer.headers["retry-after"]))
             assert answer.status_code == 202, answer.text
             return await self._ended(f"endpoint_id={smuggled[0]}", attempts=2)
 
