@@ -82,6 +82,22 @@ async def test_a_step_looks_at_so_many_rows_and_no_more_however_few_of_them_may_
     assert removed == [0, 0, 0, 0, 0, 4, 4, 2]
 
 
+async def test_a_step_costs_the_same_however_much_waits_behind_it(on_file: Store):
+    await registered(on_file, event_types=["a.b"])
+    await published(on_file, 60)
+    await published(on_file, 3000, at=OLD + DAY)
+    # What the writing connection does, in hundreds of steps of SQLite's machine.
+    work: list[int] = []
+    writer = on_file.database._writer  # type: ignore[attr-defined] # nobody else knows what a query costs
+    await writer.set_progress_handler(lambda: work.append(1), 100)
+    retention, costs = on_file.retention, []
+    for before in (OLD + 1, NOW):
+        work.clear()
+        assert (await retention.remove_events(before=before, limit=50)).removed == 0
+        costs.append(len(work))
+    assert costs[1] <= 2 * costs[0] + 5
+
+
 async def test_it_stops_between_two_steps_when_it_is_another_relays_turn(store: Store):
     await registered(store, event_types=["a.b"])
     await delivered(store, await published(store, 1200))

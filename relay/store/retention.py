@@ -24,9 +24,9 @@ class Retention:
     """Removal in steps; each method is one transaction, and looks at no more than `limit` rows of its kind,
     those that come `after` the last step's.
 
-    The LIMIT beside a `last` row tells planners what is so anyway. Where a row may go only when it has no
-    others, an OFFSET keeps them from joining whole tables to find that out: those are looked up for one row
-    after the other.
+    One bound alone ends a step: of two, SQLite may read up to the other one, through all that is old. The
+    LIMIT beside it tells planners what is so anyway. Where a row may go only when it has no others, an OFFSET
+    keeps them from joining whole tables to find that out: those are looked up for one row after the other.
     """
 
     def __init__(self, database: Database) -> None:
@@ -69,12 +69,11 @@ class Retention:
             rows = await tx.fetch(
                 f"""
                 SELECT id FROM attempts
-                WHERE id > :after AND id < :before AND id <= :last AND response_body <> ''
+                WHERE id > :after AND id <= :end AND response_body <> ''
                 ORDER BY id LIMIT :limit {self._db.skip_locked}
                 """,
                 after=after,
-                before=first,
-                last=last or first,
+                end=last or first,
                 limit=limit,
             )
             await tx.execute_many("UPDATE attempts SET response_body = NULL WHERE id = :id", _keys(rows))
@@ -88,14 +87,13 @@ class Retention:
         async with self._write() as tx:
             rows = await tx.fetch(
                 f"""
-                SELECT id FROM events WHERE id > :after AND id < :before AND id <= :last AND NOT EXISTS (
+                SELECT id FROM events WHERE id > :after AND id <= :end AND NOT EXISTS (
                     SELECT 1 FROM deliveries d WHERE d.event_id = events.id AND d.due_at IS NOT NULL
                     LIMIT 1 OFFSET 0
                 ) ORDER BY id LIMIT :limit {self._db.skip_locked}
                 """,
                 after=after,
-                before=first,
-                last=last or first,
+                end=last or first,
                 limit=limit,
             )
             if rows:
@@ -110,7 +108,7 @@ class Retention:
             rows = await tx.fetch(
                 f"""
                 SELECT id FROM generations
-                WHERE id > :after AND id < :first AND id <= :last AND known_at < :before AND due_at IS NULL
+                WHERE id > :after AND id <= :end AND known_at < :before AND due_at IS NULL
                     AND NOT EXISTS (
                         SELECT 1 FROM events WHERE events.generation_id = generations.id LIMIT 1 OFFSET 0
                     )
@@ -118,8 +116,7 @@ class Retention:
                 """,
                 after=after,
                 before=before,
-                first=first,
-                last=last or first,
+                end=last or first,
                 limit=limit,
             )
             await tx.execute_many("DELETE FROM generations WHERE id = :id", _keys(rows))
